@@ -38,7 +38,7 @@ def leaves(state: State) -> Iterator[Tensor]:
 
 
 def select(state: State, rows: Tensor | list[int] | slice) -> State:
-    """The sequences `rows` of a batched state: picked, repeated or reordered. The result shares no memory with it."""
+    """The sequences `rows` of a batched state: picked, repeated or reordered, in memory of their own."""
     if isinstance(rows, slice):
         return tree_map(lambda x: x[rows].clone(), state)
     return tree_map(lambda x: x.index_select(0, torch.as_tensor(rows, device=x.device)), state)
@@ -106,7 +106,7 @@ def load(path: str | Path) -> tuple[State, dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as f:
             metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own type, not exported by name
         raise ValueError(
             f"{path} is not a readable state file ({error}); it may be truncated or damaged"

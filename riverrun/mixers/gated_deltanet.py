@@ -1,0 +1,60 @@
+"""Gated DeltaNet: the delta rule with an input-dependent forget gate per head, and an output gate.
+
+    q, k, v = silu(conv(W x))    q, k scaled to |q| = K^{-1/2}, |k| = 1    β = σ(W_b x)    g = -A softplus(W_a x + c)
+    S' = e^g S    S = S' + β k (v - S'ᵀ k)ᵀ    y = W_o (norm(Sᵀ q) ⊙ silu(W_z x))
+
+Source: Yang, Kautz & Hatamizadeh 2025 (arXiv:2412.06464) eq. 10 and fig. 1; the layout of the Qwen3-Next layer.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from riverrun import ops
+from riverrun.nn import GatedRMSNorm, ShortConv, heads, wide
+from riverrun.nn.init import log_rate, step_size_bias
+from riverrun.nn.norm import unit
+
+
+class GatedDeltaNet(nn.Module):
+    """arXiv:2412.06464. State: (S (B, H, K, V), conv (B, window - 1, 2·G·K + H·V)).
+
+    H value heads of width V share G query/key heads of width K; K = V = width / H and G = H unless given.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int = 4,
+        num_key_heads: int | None = None,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        window: int = 4,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        H, G = num_heads, num_key_heads or num_heads
+        K, V = key_width or width // H, value_width or width // H
+        self.num_heads, self.num_key_heads, self.key_width = H, G, K
+        self.sizes = (2 * G * K + H * V, H * V, H, H)
+        self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [q, k, v, z, b, a]
+        self.conv = ShortConv(self.sizes[0], window)
+        self.log_rate, self.dt_bias = log_rate(H), step_size_bias(H)
+        self.norm = GatedRMSNorm(H * V, V, eps, shared=True)
+        self.out = nn.Linear(H * V, width, bias=False)
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        S, past = state or (None, None)
+        qkv, z, b, a = self.inp(x).split(self.sizes, -1)
+        qkv, past = self.conv(qkv, past, reset)
+        n = self.num_key_heads * self.key_width
+        q, k, v = qkv.split([n, n, qkv.shape[-1] - 2 * n], -1)
+        q, k = (unit(heads(p, self.num_key_heads)) for p in (q, k))
+        g = -wide(self.log_rate).exp() * F.softplus(wide(a) + wide(self.dt_bias))
+        y, S = ops.delta(
+            q * self.key_width**-0.5, k, heads(v, self.num_heads), b.sigmoid(), g, state=S, reset=reset
+        )
+        return self.out(self.norm(y.flatten(2), z)), (S, past)

@@ -1,0 +1,50 @@
+"""Root-mean-square norms, plain and gated, computed in float32 or wider."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .shape import wide
+
+
+class RMSNorm(nn.RMSNorm):
+    """w ⊙ x / sqrt(mean(x²) + eps) over the last axis. Zhang & Sennrich 2019 (arXiv:1910.07467) eq. 4."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__(width, eps=eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm of each group of `group` channels with a gate: w ⊙ norm(x) ⊙ silu(z), or w ⊙ norm(x ⊙ silu(z)).
+
+    x, z: (..., width). `weight` is (width), or (group) shared by all groups when `shared`. `before` gates before the
+    norm, as Mamba-2 does; Gated DeltaNet gates after it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        group: int | None = None,
+        eps: float = 1e-6,
+        before: bool = False,
+        shared: bool = False,
+    ):
+        super().__init__()
+        self.group, self.eps, self.before = group or width, eps, before
+        self.weight = nn.Parameter(torch.ones(self.group if shared else width))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        dtype, x, gate = x.dtype, wide(x), F.silu(wide(z))
+        if self.before:
+            x = x * gate
+        x = F.rms_norm(x.unflatten(-1, (-1, self.group)), (self.group,), eps=self.eps)
+        x = x * wide(self.weight).view(-1, self.group)
+        x = x.flatten(-2)
+        return (x if self.before else x * gate).to(dtype)
+
+
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(Σ x² + eps) over the last axis: keys of length one, and no gradient that explodes at zero."""
+    return (wide(x) * torch.rsqrt(wide(x).square().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,40 @@
+"""How close is equal, and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from riverrun.state import State, leaves
+
+# float64 rounds by 1.1e-16. A sum over a state of 1e3 terms carried through 1e3 steps loses at most 1e6 of those,
+# 1e-10; another factor 10 is for the exponentials. A mistake of meaning is of order 1e-2 or more.
+EXACT = 1e-9
+
+# one rounding to half precision is 2^-8 (bfloat16, 8 bits) or 2^-11 (float16, 11 bits) relative to the value
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """max |a - b| relative to max |b|; infinite when either is not finite where the other is."""
+    a, b = a.detach(), b.detach()
+    both = torch.isfinite(a) & torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), torch.isfinite(b)) or not torch.equal(a[~both], b[~both]):
+        return float("inf")
+    if not both.any():
+        return 0.0
+    scale = b[both].abs().max().clamp_min(1e-30)
+    return float((a[both] - b[both]).abs().max() / scale)
+
+
+def close(a: Tensor, b: Tensor, what: str, bound: float = EXACT) -> None:
+    """Raise AssertionError unless a and b have one shape and differ by at most `bound` of b's largest entry."""
+    assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)} against {tuple(b.shape)}"
+    found = error(a, b)
+    assert found <= bound, f"{what}: relative error {found:.2e}, bound {bound:.0e}"
+
+
+def close_states(a: State, b: State, what: str, bound: float = EXACT) -> None:
+    """`close` for every tensor of two states."""
+    for i, (x, y) in enumerate(zip(leaves(a), leaves(b), strict=True)):
+        close(x, y, f"{what}, state tensor {i}", bound)

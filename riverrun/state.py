@@ -1,7 +1,7 @@
-"""Functions on states. A state is a value its caller holds: a tensor, None, or a tuple of states, batch axis first.
+"""Functions on states. A state is a tensor, None, or a tuple of states, batch axis first; its caller holds it.
 
-Nothing else in the library knows how states are nested; mixers and models build them, and these functions pick rows,
-move, measure, save and restore any of them.
+Nothing else in the library knows how states are nested; mixers and models build them, and these functions
+pick rows, move, measure, save and restore any of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ State = Any  # Tensor | None | tuple[State, ...]; recursive, so a type checker g
 
 
 def tree_map(f: Callable[..., Any], state: State, *others: State) -> State:
-    """Apply `f` to every tensor of `state` (and the tensors at the same places of `others`); None stays None."""
+    """Apply `f` to every tensor of `state` (and those at the same places of `others`); None stays."""
     if state is None:
         return None
     if isinstance(state, tuple):

@@ -1,12 +1,12 @@
-"""Chunkwise evaluation of the matrix memories: matmuls inside chunks of C steps, one state from chunk to chunk.
+"""Chunkwise matrix memories: matmuls inside chunks of C steps, one state from chunk to chunk.
 
 Everything inside chunks is batched over all of them; only the pass of the C-step states is a loop. With G the
 cumulative log-decay inside a chunk, decays enter as exp(G_i - G_j) with i ≥ j, or, per key, as a product
-exp(G_i - G_r) exp(G_r - G_j) with i ≥ r ≥ j. g ≤ 0 makes G non-increasing, so every exponent is ≤ 0 and nothing
-overflows however strong the forgetting. A reset starts a new segment; pairs and states of other segments are masked.
-
-Sources: Yang et al. 2024 (GLA, arXiv:2312.06635) sec. 4; Yang et al. 2024 (arXiv:2406.06484) eq. 8-11; Yang et al.
-2025 (arXiv:2412.06464) sec. 3.3.
+exp(G_i - G_r) exp(G_r - G_j) with i ≥ r ≥ j. g ≤ 0 makes G non-increasing, so every exponent is ≤ 0 and
+nothing overflows however strong the forgetting. A reset starts a new segment; pairs and states of other
+segments are masked.
+Sources: Yang et al. 2024 (GLA, arXiv:2312.06635) sec. 4; Yang et al. 2024 (arXiv:2406.06484) eq. 8-11; Yang
+et al. 2025 (arXiv:2412.06464) sec. 3.3.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ C, SUB = 64, 16
 
 
 class Chunks(NamedTuple):
-    """Where time was cut: log-decays G (B, H, N, C, 1 | K), their value before each step, and who sees whom."""
+    """Where time was cut, and who sees whom."""
 
-    G: Tensor
+    G: Tensor  # cumulative log-decay inside the chunk, (B, H, N, C, 1 | K)
     before: Tensor  # G less the step's own decay
     see: Tensor  # (B, 1, N, C, C): j ≤ i and no reset after j up to i
     carried: Tensor  # (B, 1, N, C, 1): the incoming state reaches step i
@@ -77,7 +77,7 @@ def scores(x: Tensor, Gx: Tensor, y: Tensor, Gy: Tensor, see: Tensor) -> Tensor:
 
 
 def chain(decay: Tensor, state: Tensor, update) -> tuple[Tensor, Tensor]:
-    """Pass the state through the chunks, S ← decay_n S + update(n, S); all states (B, H, N, K, V) before each chunk."""
+    """S ← decay_n S + update(n, S) through the chunks: the states (B, H, N, K, V) before each, and the last."""
     before = []
     for n in range(decay.shape[2]):
         before.append(state)
@@ -119,7 +119,7 @@ def mlstm(q, k, v, f, i, state=None, reset: Tensor | None = None):
 
 
 def stabilised(outer, q, k, v, f, i, state, reset):
-    """mLSTM through an implementation of `outer`: m by a max-plus scan, the normaliser as one more value column."""
+    """mLSTM through some `outer`: m by a max-plus scan, the normaliser as one more value column."""
     if state is None:
         state = zeros(k, v), zeros(k, v)[..., 0], torch.zeros_like(f[:, 0])
     S, n, m0 = state
@@ -135,7 +135,7 @@ def stabilised(outer, q, k, v, f, i, state, reset):
 
 
 def delta(q, k, v, beta, g=None, state: Tensor | None = None, reset: Tensor | None = None):
-    """Errors e = β (v - what k reads) solve a unit lower triangular system in each chunk, linear in the state."""
+    """Errors e = β (v - what k reads) solve a unit lower triangular system in each chunk, linear in S."""
     H = v.shape[2]
     S, c = zeros(k, v) if state is None else state, plan(v, g, reset)
     q, k, v, beta = cut(q, H), cut(k, H), cut(v), cut(beta[..., None])
@@ -151,12 +151,11 @@ def delta(q, k, v, beta, g=None, state: Tensor | None = None, reset: Tensor | No
 
 
 def dplr(q, k, v, g, a, b, state: Tensor | None = None, reset: Tensor | None = None):
-    """What b removes, w = bᵀ S_{t-1}, solves a unit lower triangular system in each chunk, linear in the state."""
+    """What b removes, w = bᵀ S_{t-1}, solves a unit lower triangular system in each chunk, linear in S."""
     S, c = zeros(k, v) if state is None else state, plan(v, g, reset)
     q, k, v, a, b = (cut(x) for x in (q, k, v, a, b))
     strict = c.see & ~torch.eye(C, dtype=torch.bool, device=v.device)
     system = -scores(b, c.before, a, c.G, strict)
-    # the step's own decay is not in `before`, so a reset at the chunk's first step must cut b off from the state too
     solved = solve(
         system, torch.cat([scores(b, c.before, k, c.G, strict) @ v, b * c.before.exp() * c.carried], -1)
     )

@@ -1,7 +1,7 @@
 """Associative scans over axis 1 in log2(T) passes (Hillis & Steele 1986), with resets and carried state.
 
-A reset at t makes element t forget everything to its left: flags ride along, and `combine` keeps the right element
-where its flag is set (Lu et al. 2023, arXiv:2303.03982, sec. 3.2).
+A reset at t makes element t forget everything to its left: flags ride along, and `combine` keeps the right
+element where its flag is set (Lu et al. 2023, arXiv:2303.03982, sec. 3.2).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 64  # steps scanned at a time where all states would not fit in memory
 
 
 def scan(combine: Callable, xs: tuple[Tensor, ...], reset: Tensor | None = None) -> tuple[Tensor, ...]:
-    """All prefixes of x_1 ∘ x_2 ∘ ... ∘ x_T under the associative `combine(earlier, later)`; reset (B, T) as above."""
+    """All prefixes of x_1 ∘ x_2 ∘ ... ∘ x_T under an associative `combine(earlier, later)`."""
     shift, T = 1, xs[0].shape[1]
     while shift < T:
         right = tuple(x[:, shift:] for x in xs)

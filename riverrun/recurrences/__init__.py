@@ -1,1 +1,1 @@
-"""WHAT is computed: one file a recurrence, each with its equation, its `step` and its start; `fold` is their meaning."""
+"""WHAT is computed: one file a recurrence, with its equation, its `step` and its start; `fold` runs them."""

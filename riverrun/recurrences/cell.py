@@ -1,18 +1,19 @@
 """Nonlinear recurrences, h_t = f(h_{t-1}, x_t), with a recurrent matrix R that is block-diagonal by heads.
 
-    p_t = x_t + R h_{t-1} + c, one vector a gate:    x: (B, T, gates, H, P)    R: (gates, H, P, P)    c: (gates, H, P)
-    y, h: (B, T, H, P), (B, H, P)    H = 1 is the ordinary full matrix, R[gate, head] maps h (in) to p (out): p = R h
+    p_t = x_t + R h_{t-1} + c, one vector a gate        H = 1 is the ordinary full matrix
+    x: (B, T, gates, H, P)    R: (gates, H, P out, P in)    c: (gates, H, P)    y: (B, T, H, P)    h: (B, H, P)
 
     elman   h = tanh(p)
     lstm    i, f, z, o = p:    s = σ(f) ⊙ s + σ(i) ⊙ tanh(z)    h = σ(o) ⊙ tanh(s)                       state (h, s)
     gru     r, u, z = x:       ρ = σ(r + R_r h + c_r)    υ = σ(u + R_u h + c_u)
                                h = υ ⊙ h + (1 - υ) ⊙ tanh(z + ρ ⊙ (R_z h + c_z))
     slstm   i, f, z, o = p:    φ = log σ(f) + m₋₁    m = max(φ, i)    s = e^{φ-m} s + e^{i-m} tanh(z)
-                               n = e^{φ-m} n + e^{i-m}    h = σ(o) ⊙ s / n                               state (h, s, n, m), m starts at -∞
+                               n = e^{φ-m} n + e^{i-m}    h = σ(o) ⊙ s / n        state (h, s, n, m), m starts at -∞
 
-Gate order is that of `torch.nn.LSTM` and `torch.nn.GRU`, whose c for the GRU's candidate stands inside ρ as here.
-Sources: Elman 1990; Hochreiter & Schmidhuber 1997 with Gers 2000; Cho et al. 2014 (arXiv:1406.1078) as in PyTorch;
-Beck et al. 2024 (xLSTM, arXiv:2405.04517) eq. 8-17.
+Gate order is that of `torch.nn.LSTM` and `torch.nn.GRU`, whose c for the GRU's candidate stands inside ρ as
+here.
+Sources: Elman 1990; Hochreiter & Schmidhuber 1997 with Gers 2000; Cho et al. 2014 (arXiv:1406.1078) as in
+PyTorch; Beck et al. 2024 (xLSTM, arXiv:2405.04517) eq. 8-17.
 """
 
 import torch

@@ -2,10 +2,11 @@
 
     S' = diag(e^{g_t}) S_{t-1}      S_t = S' + β_t k_t (v_t - S'ᵀ k_t)ᵀ      y_t = S_tᵀ q_t
 
-    q, k: (B, T, G, K)    v, y: (B, T, H, V)    β: (B, T, H)    g: none, (B, T, H) or (B, T, H, K), ≤ 0    S: (B, H, K, V)
+    q, k: (B, T, G, K)    v, y: (B, T, H, V)    β: (B, T, H)    S: (B, H, K, V)
+    g: none, (B, T, H) or (B, T, H, K), ≤ 0
 
-With |k| = 1, β = 1 replaces what k held, and β up to 2 reflects it: the eigenvalue of the transition along k is 1 - β.
-No g is DeltaNet, g per head Gated DeltaNet, g per key Kimi Delta Attention.
+With |k| = 1, β = 1 replaces what k held, and β up to 2 reflects it: the eigenvalue of the transition along k
+is 1 - β. No g is DeltaNet, g per head Gated DeltaNet, g per key Kimi Delta Attention.
 Sources: Schlag et al. 2021 (arXiv:2102.11174) eq. 23; Yang et al. 2025 (arXiv:2412.06464) eq. 10.
 """
 

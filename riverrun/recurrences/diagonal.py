@@ -17,7 +17,7 @@ def step(h: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Compose two stretches of time: (a, b) then (a', b') is (a'a, a'b + b'). Associative, not commutative."""
+    """Compose two stretches of time: (a, b) then (a', b') is (a'a, a'b + b'). Not commutative."""
     (a1, b1), (a2, b2) = left, right
     return a2 * a1, a2 * b1 + b2
 

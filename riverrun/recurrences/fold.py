@@ -16,9 +16,9 @@ from riverrun.state import State, tree_map
 class Recurrence:
     """A recurrence as data: `step` says what one time does, the rest says which arguments it takes.
 
-    Axes are strings such as "B T H K". An argument whose axes begin with "B T" is a sequence, any other is the same at
-    every time. "|" separates accepted forms, a trailing "?" marks an argument that may be None, and G divides H
-    wherever both occur (grouped heads: head h reads group h // (H / G)).
+    Axes are strings such as "B T H K". An argument whose axes begin with "B T" is a sequence, any other is
+    the same at every time. "|" separates accepted forms, a trailing "?" marks an argument that may be None,
+    and G divides H wherever both occur (grouped heads: head h reads group h // (H / G)).
     """
 
     name: str
@@ -44,7 +44,8 @@ def clear(reset: Tensor, state: State, initial: State) -> State:
 def fold(recurrence: Recurrence, args: tuple[Any, ...], state: State = None, reset: Tensor | None = None):
     """Run a recurrence over axis 1: `reset_t` clears the state, then `state, y_t = step(state, *args_t)`.
 
-    Returns (y (B, T, ...), the state after the last step). Any dtype; differentiable to any order by autograd.
+    Returns (y (B, T, ...), the state after the last step). Any dtype; differentiable to any order by
+    autograd.
     """
     sequence = [
         x is not None and recurrence.is_sequence(n) for x, n in zip(args, recurrence.args, strict=True)

@@ -5,7 +5,8 @@
     n_t = e^{f_t + m_{t-1} - m_t} n_{t-1} + e^{i_t - m_t} k_t
     y_t = S_tᵀ q_t / max(|n_t · q_t|, e^{-m_t})
 
-    q, k: (B, T, G, K)    v, y: (B, T, H, V)    f, i: (B, T, H)    state: (S (B, H, K, V), n (B, H, K), m (B, H))
+    q, k: (B, T, G, K)    v, y: (B, T, H, V)    f, i: (B, T, H)
+    state: (S (B, H, K, V), n (B, H, K), m (B, H))
 
 m only rescales: S e^m and n e^m do not depend on it, so y does not depend on where m starts (0 here).
 Source: Beck et al. 2024 (xLSTM, arXiv:2405.04517) eq. 19-27 with the stabilisation of eq. 15-17 and appendix A.

@@ -3,11 +3,13 @@
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ        y_t = S_tᵀ q_t
     with a bonus u:                               y_t = (S_{t-1} + (u ⊙ k_t) v_tᵀ)ᵀ q_t
 
-    q, k: (B, T, G, K)    v, y: (B, T, H, V)    g: none, (B, T, H) or (B, T, H, K), ≤ 0    u: (H, K)    S: (B, H, K, V)
+    q, k: (B, T, G, K)    v, y: (B, T, H, V)    u: (H, K)    S: (B, H, K, V)
+    g: none, (B, T, H) or (B, T, H, K), ≤ 0
 
-No g is linear attention, a constant g per head RetNet, g per head Mamba-2, g per key GLA; with a bonus RWKV-6.
-Sources: Katharopoulos et al. 2020 (arXiv:2006.16236) eq. 18-20; Yang et al. 2024 (GLA, arXiv:2312.06635) eq. 3;
-Peng et al. 2024 (RWKV-6, arXiv:2404.05892) eq. 19.
+No g is linear attention, a constant g per head RetNet, g per head Mamba-2, g per key GLA; with a bonus
+RWKV-6.
+Sources: Katharopoulos et al. 2020 (arXiv:2006.16236) eq. 18-20; Yang et al. 2024 (GLA, arXiv:2312.06635) eq.
+3; Peng et al. 2024 (RWKV-6, arXiv:2404.05892) eq. 19.
 """
 
 import torch

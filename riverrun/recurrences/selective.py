@@ -1,11 +1,11 @@
-"""Selective state space: a diagonal recurrence per channel whose step size, input map and output map are data.
+"""Selective state space: a diagonal recurrence per channel whose step size and maps in and out are data.
 
     h_t[e, n] = exp(dt_t[e] A[e, n]) h_{t-1}[e, n] + dt_t[e] B_t[n] x_t[e]        y_t[e] = Σ_n C_t[n] h_t[e, n]
 
     x, dt, y: (B, T, E)    A: (E, N), ≤ 0    B, C: (B, T, N)    h: (B, E, N)    dt ≥ 0
 
-A is held exactly (zero-order hold), B by Euler's rule, as in the paper's code. No implementation but this one and its
-plain parallel form ever stores the T × E × N states.
+A is held exactly (zero-order hold), B by Euler's rule, as in the paper's code. No implementation but this one
+and its plain parallel form ever stores the T × E × N states.
 Source: Gu & Dao 2023 (Mamba, arXiv:2312.00752) eq. 2-4 and algorithm 2.
 """
 

@@ -1,8 +1,11 @@
 """Short causal convolution, one filter a channel: a recurrence whose state is the last W - 1 inputs.
 
-    y_t[d] = c[d] + Σ_{j<W} w[d, W-1-j] x_{t-j}[d]        x, y: (B, T, D)    w: (D, W)    c: (D)    state: (B, W - 1, D)
+    y_t[d] = c[d] + Σ_{j<W} w[d, W-1-j] x_{t-j}[d]
 
-The last column of w meets the newest input, which is the layout of a depthwise `nn.Conv1d` without its middle axis.
+    x, y: (B, T, D)    w: (D, W)    c: (D)    state: (B, W - 1, D)
+
+The last column of w meets the newest input, which is the layout of a depthwise `nn.Conv1d` without its middle
+axis.
 """
 
 import torch

@@ -4,7 +4,6 @@
                                a_t = e^{m_{t-1} - m_t} a_{t-1} + e^{s_t - m_t} v_t        y_t = a_t / c_t
 
     s: (B, T, H)    v, y: (B, T, H, V)    state: (m (B, H), c (B, H), a (B, H, V));  m starts at -∞
-
 Source: Feng et al. 2024 (Aaren, arXiv:2405.13956) sec. 3.1-3.2.
 """
 
@@ -17,7 +16,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def combine(left: Triple, right: Triple) -> Triple:
-    """Merge two stretches of time; associative, and exact for any grouping. One of the two maxima must be finite."""
+    """Merge two stretches of time, of which one must have a finite maximum; exact for any grouping."""
     (m1, c1, a1), (m2, c2, a2) = left, right
     m = torch.maximum(m1, m2)
     w1, w2 = (m1 - m).exp(), (m2 - m).exp()

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from riverrun.state import State, leaves
 
-# float64 rounds by 1.1e-16. A sum over a state of 1e3 terms carried through 1e3 steps loses at most 1e6 of those,
-# 1e-10; another factor 10 is for the exponentials. A mistake of meaning is of order 1e-2 or more.
+# float64 rounds by 1.1e-16. A sum over a state of 1e3 terms carried through 1e3 steps loses at most 1e6 of
+# those, 1e-10; another factor 10 is for the exponentials. A mistake of meaning is of order 1e-2 or more.
 EXACT = 1e-9
 
 # one rounding to half precision is 2^-8 (bfloat16, 8 bits) or 2^-11 (float16, 11 bits) relative to the value
@@ -28,7 +28,8 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 def close(a: Tensor, b: Tensor, what: str, bound: float = EXACT) -> None:
-    """Raise AssertionError unless a and b have one shape and differ by at most `bound` of b's largest entry."""
+    """Raise AssertionError unless a and b have one shape and differ by at most `bound` of b's largest
+    entry."""
     assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)} against {tuple(b.shape)}"
     found = error(a, b)
     assert found <= bound, f"{what}: relative error {found:.2e}, bound {bound:.0e}"

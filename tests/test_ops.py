@@ -1,0 +1,159 @@
+"""What the dispatcher refuses, chooses and explains, and that every parallel form has the definition's meaning."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from riverrun import ops
+from riverrun.recurrences.fold import fold
+from riverrun.state import leaves, tree_map
+from riverrun.testing.inputs import FORMS, SMALL, Size, make
+from riverrun.testing.tolerance import close, close_states
+
+ALL = [(op, form) for op, forms in FORMS.items() for form in forms]
+PARALLEL = [(op, form, impl) for op, form in ALL for impl in ops.OPS[op].parallel]
+
+
+def run(op, case, impl, gradients=True):
+    """Output, final state, and the gradients of Σ |y|² + Σ |state|² to every argument and the initial state."""
+    args = [None if x is None else x.clone().requires_grad_() for x in case.args]
+    state = tree_map(lambda x: x.clone().requires_grad_(), case.state)
+    y, end = ops.OPS[op](*args, state=state, reset=case.reset, impl=impl)
+    wanted = [x for x in args if x is not None] + list(leaves(state))
+    finite = [x for x in leaves(end) if torch.isfinite(x).all()]
+    loss = sum(x.abs().square().sum() for x in [y, *finite])
+    return y, end, torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+@pytest.mark.parametrize("op, form, impl", PARALLEL)
+@pytest.mark.parametrize("start", ["fresh", "carried", "carried and reset"])
+def test_parallel_forms_mean_the_fold(op, form, impl, start):
+    case = make(op, form, state=start != "fresh", reset=start.endswith("reset"))
+    y, end, grads = run(op, case, impl)
+    y0, end0, grads0 = run(op, case, "sequential")
+    close(y, y0, "output")
+    close_states(end, end0, "final state")
+    for i, (a, b) in enumerate(zip(grads, grads0, strict=True)):
+        close(torch.zeros_like(b) if a is None else a, b, f"gradient {i}")
+
+
+@pytest.mark.parametrize("op, form, impl", PARALLEL)
+def test_parallel_forms_survive_extremes(op, form, impl):
+    """Decays of exactly 0 and 1, exponents of a thousand: finite, and still the definition's."""
+    case = make(op, form, extreme=True)
+    y, end, grads = run(op, case, impl)
+    y0, _, _ = run(op, case, "sequential")
+    close(y, y0, "output", 1e-7)  # sums of terms a hundred times larger cancel: two digits fewer than EXACT
+    assert all(torch.isfinite(g).all() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize("op, form", ALL)
+def test_definition_passes_gradcheck(op, form):
+    size = Size(B=1, T=4, G=1, H=2, K=2, V=2, D=2, N=2, W=3, P=2)
+    case = make(op, form, size, state=False)
+    here = [i for i, x in enumerate(case.args) if x is not None]
+
+    def f(*given):
+        args = list(case.args)
+        for i, x in zip(here, given, strict=True):
+            args[i] = x
+        return ops.OPS[op](*args, reset=case.reset, impl="sequential")[0]
+
+    given = [case.args[i].clone().requires_grad_() for i in here]
+    assert torch.autograd.gradcheck(f, given)
+    assert torch.autograd.gradgradcheck(f, given)
+
+
+@pytest.mark.parametrize("op", FORMS)
+def test_half_precision_comes_back_half_and_its_state_wide(op):
+    case = make(op, FORMS[op][0]).to(torch.bfloat16)
+    y, end = ops.OPS[op](*case.args, state=case.state, reset=case.reset)
+    assert y.dtype == torch.bfloat16
+    assert {x.dtype for x in leaves(end)} == {torch.float32}
+
+
+@pytest.mark.parametrize("op, form", ALL)
+def test_strides_do_not_matter(op, form):
+    case = make(op, form)
+    plain = ops.OPS[op](*case.args, state=case.state, reset=case.reset)
+    strided = [None if x is None else x.mT.contiguous().mT if x.dim() > 1 else x for x in case.args]
+    state = tree_map(lambda x: x.mT.contiguous().mT, case.state)
+    y, end = ops.OPS[op](*strided, state=state, reset=case.reset.t().contiguous().t())
+    close(y, plain[0], "output")
+    close_states(end, plain[1], "state")
+
+
+@pytest.mark.parametrize("op", FORMS)
+def test_inputs_and_states_are_left_alone(op):
+    case = make(op, FORMS[op][0])
+    before = [None if x is None else x.clone() for x in (*case.args, *leaves(case.state))]
+    ops.OPS[op](*case.args, state=case.state, reset=case.reset)
+    for old, new in zip(before, (*case.args, *leaves(case.state)), strict=True):
+        assert old is None or torch.equal(old, new)
+
+
+def delta(**changes):
+    case = make("delta", "head", Size(T=5), state=False, reset=False)
+    return {**dict(zip(ops.delta.signature.names, case.args, strict=True)), **changes}
+
+
+BAD = {
+    "no time": (delta(**{k: v[:, :0] for k, v in delta().items()}), ValueError, "T = 0"),
+    "wrong rank": (delta(q=torch.randn(2, 5, 10)), ValueError, r"q has shape \(2, 5, 10\).*B T G K"),
+    "other T": (delta(k=torch.randn(2, 4, 2, 5)), ValueError, r"k has shape \(2, 4, 2, 5\).*T = 5"),
+    "heads that do not divide": (
+        delta(q=torch.randn(2, 5, 3, 5), k=torch.randn(2, 5, 3, 5)), ValueError, "3 q/k heads do not divide 4",
+    ),
+    "integers": (delta(v=torch.ones(2, 5, 4, 3, dtype=torch.long)), TypeError, "v is torch.int64"),
+    "complex": (delta(v=torch.ones(2, 5, 4, 3, dtype=torch.complex64)), TypeError, "v is torch.complex64"),
+    "a list": (delta(q=[1.0]), TypeError, "q is a list"),
+    "no beta": (delta(beta=None), TypeError, "needs the argument 'beta'"),
+    "a stranger": (delta(gamma=torch.ones(1)), TypeError, "'gamma' is not an argument"),
+    "another device": (delta(g=torch.zeros(2, 5, 4, device="meta")), ValueError, "g is on meta"),
+    "state of another batch": (delta(state=torch.zeros(3, 4, 5, 3)), ValueError, r"state has shape \(3, 4, 5, 3\)"),
+    "state of another op": (delta(state=(torch.zeros(2, 4), None)), ValueError, "state has shape"),
+    "integer state": (delta(state=torch.zeros(2, 4, 5, 3, dtype=torch.long)), TypeError, "state is torch.int64"),
+    "reset of numbers": (delta(reset=torch.zeros(2, 5)), ValueError, "must be bool"),
+    "reset of another T": (delta(reset=torch.zeros(2, 4, dtype=torch.bool)), ValueError, r"\(2, 4\)"),
+    "unknown impl": (delta(impl="fast"), ValueError, "no implementation 'fast'; it has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args, error, message", BAD.values(), ids=BAD)
+def test_bad_input_is_named_before_anything_runs(args, error, message):
+    with pytest.raises(error, match=message):
+        ops.delta(**args)
+
+
+def test_too_many_arguments():
+    with pytest.raises(TypeError, match="takes 2 arguments"):
+        ops.diagonal(*[torch.ones(1, 2, 3)] * 3)
+
+
+def test_explain_says_what_runs_and_why_not_the_others():
+    said = ops.explain("delta", **delta())
+    assert said.splitlines()[-1] == "delta: cpu runs"
+    for line in said.splitlines()[:-1]:
+        assert "cannot: it runs on cuda, the arguments are on cpu" in line
+    with pytest.raises(ValueError, match="no op 'delt'"):
+        ops.explain("delt")
+
+
+def test_forced_holds_inside_and_only_there():
+    case = make("delta", "head", replace(SMALL, T=70), reset=False)
+    with ops.forced(delta="sequential"):
+        inside = ops.delta(*case.args, state=case.state)[0]
+    assert torch.equal(inside, fold(ops.delta.recurrence, case.args, case.state)[0])
+    assert not torch.equal(inside, ops.delta(*case.args, state=case.state)[0]), "rounding tells kernels apart"
+    with pytest.raises(ValueError, match="no implementation delta='fast'"), ops.forced(delta="fast"):
+        pass
+
+
+def test_a_state_that_needs_a_gradient_gets_one():
+    case = make("outer", "key")
+    state = case.state.clone().requires_grad_()
+    y, end = ops.outer(*case.args, state=state)
+    for loss in (y.sum(), end.sum()):
+        (grad,) = torch.autograd.grad(loss, state, retain_graph=True)
+        assert grad.abs().max() > 0

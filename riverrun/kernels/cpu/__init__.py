@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import scan
+from . import scan, selective
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "diagonal": scan.diagonal,
+    "selective": selective.selective,
 }
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import scan, selective
+from . import conv, scan, selective
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "diagonal": scan.diagonal,
     "selective": selective.selective,
+    "short_conv": conv.short_conv,
 }
 
 

@@ -1,0 +1,134 @@
+"""The short convolution on a CPU: one sweep over time, channels across vector lanes, W rows of inputs in the L1 cache."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from riverrun.kernels.library import define
+
+from .blocks import add_parts, block_size, same_dtype
+from .threads import array, parallel, use_threads
+
+BLOCK = 128  # channels a task at most
+
+
+@parallel
+def _forward(x, w, c, state, reset, size, y, tail):
+    """w (W, D), state and tail (B, W - 1, D)."""
+    batch, T, D = x.shape
+    W = w.shape[0]
+    blocks = (D + size - 1) // size
+    for task in numba.prange(batch * blocks):
+        i, lo = task // blocks, task % blocks * size
+        hi = min(lo + size, D)
+        seen = T + W  # inputs since the last reset; those of the state count as seen
+        for t in range(T):
+            seen = 0 if reset.shape[0] and reset[i, t] else seen + 1
+            for d in range(lo, hi):
+                y[i, t, d] = c[d] + w[W - 1, d] * x[i, t, d]
+            for j in range(1, min(W - 1, seen) + 1):
+                if j <= t:
+                    for d in range(lo, hi):
+                        y[i, t, d] += w[W - 1 - j, d] * x[i, t - j, d]
+                else:
+                    for d in range(lo, hi):
+                        y[i, t, d] += w[W - 1 - j, d] * state[i, W - 1 + t - j, d]
+        for j in range(W - 1):  # the input j steps before the last
+            for d in range(lo, hi):
+                if j > seen:
+                    tail[i, W - 2 - j, d] = 0
+                else:
+                    tail[i, W - 2 - j, d] = x[i, T - 1 - j, d] if j < T else state[i, W - 2 + T - j, d]
+
+
+@parallel
+def _backward(x, w, state, reset, size, dy, dtail, dx, dw, dc, dstate):
+    """dtail is the gradient of the tail; dw (B, W, D) and dc (B, D) are the parts of one row."""
+    batch, T, D = x.shape
+    W = w.shape[0]
+    blocks = (D + size - 1) // size
+    for task in numba.prange(batch * blocks):
+        i, lo = task // blocks, task % blocks * size
+        hi = min(lo + size, D)
+        dx[i, :, lo:hi] = 0
+        dw[i, :, lo:hi] = 0
+        dc[i, lo:hi] = 0
+        dstate[i, :, lo:hi] = 0
+        seen = T + W
+        for t in range(T):
+            seen = 0 if reset.shape[0] and reset[i, t] else seen + 1
+            for d in range(lo, hi):
+                dc[i, d] += dy[i, t, d]
+            for j in range(min(W - 1, seen) + 1):
+                if j <= t:
+                    for d in range(lo, hi):
+                        dw[i, W - 1 - j, d] += dy[i, t, d] * x[i, t - j, d]
+                        dx[i, t - j, d] += dy[i, t, d] * w[W - 1 - j, d]
+                else:
+                    for d in range(lo, hi):
+                        dw[i, W - 1 - j, d] += dy[i, t, d] * state[i, W - 1 + t - j, d]
+                        dstate[i, W - 1 + t - j, d] += dy[i, t, d] * w[W - 1 - j, d]
+        for j in range(min(W - 1, seen + 1)):
+            for d in range(lo, hi):
+                if j < T:
+                    dx[i, T - 1 - j, d] += dtail[i, W - 2 - j, d]
+                else:
+                    dstate[i, W - 2 + T - j, d] += dtail[i, W - 2 - j, d]
+
+
+def _prepare(x, w, state, reset):
+    use_threads()
+    state = x.new_zeros(x.shape[0], w.shape[1] - 1, x.shape[2]) if state is None else state.contiguous()
+    reset = None if reset is None else reset.contiguous()
+    size = block_size(x.shape[2], x.shape[0], BLOCK)
+    return x.contiguous(), w.t().contiguous(), state, reset, size
+
+
+def _run(x, w, c, state, reset, save):
+    x, w, state, reset, size = _prepare(x, w, state, reset)
+    c = x.new_zeros(x.shape[2]) if c is None else c.contiguous()
+    y, tail = torch.empty_like(x), torch.empty_like(state)
+    _forward(*(array(z) for z in (x, w, c, state, reset)), size, array(y), array(tail))
+    return y, tail
+
+
+def _run_backward(x, w, c, state, reset, y, tail, dy, dtail):
+    no_state = state is None
+    x, w, state, reset, size = _prepare(x, w, state, reset)
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    dtail = torch.zeros_like(state) if dtail is None else dtail.contiguous()
+    dx, dstate = torch.empty_like(x), torch.empty_like(state)
+    dw, dc = x.new_empty(x.shape[0], *w.shape), x.new_empty(x.shape[0], x.shape[2])
+    inputs = (array(z) for z in (x, w, state, reset))
+    _backward(*inputs, size, *(array(z) for z in (dy, dtail, dx, dw, dc, dstate)))
+    dw_sum, dc_sum = torch.empty_like(w), torch.empty_like(dc[0])
+    add_parts(array(dw.flatten(1)), array(dw_sum.flatten()))
+    add_parts(array(dc), array(dc_sum))
+    return dx, dw_sum.t().contiguous(), None if c is None else dc_sum, None if no_state else dstate, None
+
+
+def _fake(x, w, c, state, reset, save):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(x.shape[0], w.shape[1] - 1, x.shape[2])
+
+
+_short_conv = define(
+    "short_conv_cpu",
+    "Tensor x, Tensor w, Tensor? c, Tensor? state, Tensor? reset",
+    2,
+    0,
+    "cpu",
+    _run,
+    _run_backward,
+    _fake,
+)
+
+
+def short_conv(
+    x: Tensor, w: Tensor, c: Tensor | None, state: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    y, tail = _short_conv(*same_dtype(x, w, c, state), reset)
+    return y, tail

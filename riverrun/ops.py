@@ -1,17 +1,18 @@
-"""Which implementation runs: one `Op` a recurrence. The only dispatcher, and the only place where precision is settled.
+"""Which implementation runs: the only dispatcher, and the only place where precision is settled.
 
     y, state = ops.outer(q, k, v, g, state=None, reset=None, impl=None)
 
-Every op takes its recurrence's arguments by position or name (an argument marked "?" there may be left out), and:
+Every op takes its recurrence's arguments by position or name (one marked "?" there may be left out), and:
 
     state   the state to continue from, as an earlier call returned it; None starts afresh
     reset   (B, T) bool: clears the state before step t; packed documents, episodes, streams that start over
-    impl    "sequential" (the definition), "scan" | "chunk" | "shift" (parallel PyTorch), "cpu" (Numba), "gpu" (Triton);
-            None takes the first of gpu, cpu, parallel, sequential that can run these arguments
+    impl    "sequential" (the definition), "scan" | "chunk" | "shift" (parallel PyTorch), "cpu" (Numba),
+            "gpu" (Triton); None takes the first of gpu, cpu, parallel, sequential that can run the arguments
 
-Inputs may be bfloat16, float16, float32 or float64 (complex where the recurrence allows it). States and sums are held
-in float32 or wider; y has the dtype of the recurrence's main argument. Gradients reach every argument and the state.
-ValueError and TypeError name what was given and what is accepted, before anything is computed.
+Inputs may be bfloat16, float16, float32 or float64 (complex where the recurrence allows it). States and sums
+are held in float32 or wider; y has the dtype of the recurrence's main argument. Gradients reach every
+argument and the state. ValueError and TypeError name what was given and what is accepted, before anything is
+computed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from riverrun.algorithms import chunk, scan, shift
-from riverrun.kernels import cpu
+from riverrun.kernels import cpu, verdicts
 from riverrun.recurrences import cell
 from riverrun.recurrences.delta import delta as _delta
 from riverrun.recurrences.diagonal import diagonal as _diagonal
@@ -38,13 +40,12 @@ from riverrun.recurrences.outer import outer as _outer
 from riverrun.recurrences.selective import selective as _selective
 from riverrun.recurrences.short_conv import short_conv as _short_conv
 from riverrun.recurrences.softmax import softmax as _softmax
-from riverrun.signature import Signature
-from riverrun.state import State, tree_map
+from riverrun.signature import Args, Signature
+from riverrun.state import State, leaves, tree_map
 
 # Triton comes with the CUDA builds of PyTorch only; without it there is no "gpu" implementation to choose
 gpu = import_module("riverrun.kernels.gpu") if find_spec("triton") else None
 
-HALF = (torch.bfloat16, torch.float16)
 _forced: dict[str, str] = {}  # op name -> impl, inside `forced`
 
 
@@ -59,7 +60,7 @@ class Kernel:
     ]  # why it cannot run these arguments, or None
     half: bool = False  # whether it takes half precision itself; else the op widens
 
-    def refusal(self, name: str, args: tuple[Tensor | None, ...]) -> str | None:
+    def refusal(self, name: str, args: Args) -> str | None:
         main = next(x for x in args if x is not None)
         if main.device.type != self.device:
             return f"it runs on {self.device}, the arguments are on {main.device.type}"
@@ -80,11 +81,15 @@ class Op:
         """Every implementation's name, in the order in which they are preferred."""
         return [*self.kernels, *self.parallel, "sequential"]
 
-    def refusal(self, impl: str, args: tuple[Tensor | None, ...]) -> str | None:
-        """Why `impl` cannot run these arguments, or None."""
-        return self.kernels[impl].refusal(self.name, args) if impl in self.kernels else None
+    def refusal(self, impl: str, args: Args) -> str | None:
+        """Why `impl` cannot run these arguments, or must not since the doctor found it wrong here; or None."""
+        like = next(x for x in args if x is not None)
+        why = self.kernels[impl].refusal(self.name, args) if impl in self.kernels else None
+        if why is None and impl != "sequential":
+            why = verdicts.failure(self.name, impl, like.dtype, str(like.device))
+        return why
 
-    def choose(self, impl: str | None, args: tuple[Tensor | None, ...]) -> str:
+    def choose(self, impl: str | None, args: Args) -> str:
         impl = impl or _forced.get(self.name)
         if impl is None:
             return next(i for i in self.impls if self.refusal(i, args) is None)
@@ -108,9 +113,10 @@ class Op:
         self.signature.check(args, state, reset)
         impl = self.choose(impl, args)
         like = args[self.signature.like]
+        wide = widest(*args, *leaves(state))
         if impl not in self.kernels or not self.kernels[impl].half:
-            args = tuple(x if x is None else widen(x) for x in args)
-        state = tree_map(widen, state)
+            args = tuple(x if x is None else x.to(wide) for x in args)
+        state = tree_map(lambda s: s.to(wide), state)
         if impl in self.kernels:
             y, state = self.kernels[impl].run(*args, state=state, reset=reset)
         elif impl == "sequential":
@@ -132,13 +138,13 @@ class Op:
         return "\n".join(lines)
 
 
-def widen(x: Tensor) -> Tensor:
-    """x in float32 or wider."""
-    return x.float() if x.dtype in HALF else x
+def widest(*tensors: Tensor | None) -> torch.dtype:
+    """The one dtype that an op computes in: float32, or wider if any argument or the state is."""
+    return reduce(torch.promote_types, [x.dtype for x in tensors if x is not None], torch.float32)
 
 
 def explain(name: str, *args: Any, **named: Any) -> str:
-    """`explain("delta", q, k, v, beta, g)`: which implementation would run, and why not the ones preferred to it."""
+    """`explain("delta", q, k, v, beta, g)`: what would run, and why not what is preferred to it."""
     if name not in OPS:
         raise ValueError(f"no op '{name}'; there are {sorted(OPS)}")
     return OPS[name].explain(*args, **named)
@@ -146,7 +152,7 @@ def explain(name: str, *args: Any, **named: Any) -> str:
 
 @contextmanager
 def forced(**impls: str) -> Iterator[None]:
-    """Inside, ops run the implementations named: `with ops.forced(delta="chunk"): ...`. For tests and benchmarks."""
+    """Inside, ops run the implementations named: `with ops.forced(delta="chunk"): ...`."""
     for name, impl in impls.items():
         if name not in OPS or impl not in OPS[name].impls:
             raise ValueError(

@@ -1,11 +1,11 @@
-"""Valid random arguments for every op, in every form it takes: small, sized as one likes, or at the ends of their ranges.
+"""Valid random arguments for every op and form: small, of any size, or at the ends of their ranges.
 
     case = make("outer", "key", Size(T=200, K=64), seed=1)
     y, state = ops.outer(*case.args, state=case.state, reset=case.reset)
 
-The numbers are drawn in float64 on the CPU from the seed, so a case is the same on every machine; `Case.to` rounds and
-moves it. A reset falls inside the first chunk, at a chunk's first step, at time 0 and at random times. The state
-is one that the recurrence can reach.
+The numbers are drawn in float64 on the CPU from the seed, so a case is the same on every machine; `Case.to`
+rounds and moves it. Resets fall inside the first chunk, at a chunk's first step, at 0 and at random times.
+The state is one that the recurrence can reach.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from riverrun.state import State, tree_map
 
 @dataclass(frozen=True)
 class Size:
-    """Axes of DESIGN's glossary: G q/k heads, H heads, K keys, V values, D or E channels, N states, W taps, P a head."""
+    """Axes: G q/k heads, H heads, K keys, V values, D (or E) channels, N states, W taps, P units a head."""
 
     B: int = 2
     T: int = 133  # two chunks of 64 and a rest
@@ -52,7 +52,7 @@ class Case:
     reset: Tensor | None
 
     def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Case:
-        """Rounded to `dtype` (complex parts too) and moved; the state is held in float32 or wider, as ops hold it."""
+        """Rounded to `dtype` (complex parts too) and moved; the state stays at least float32, as in ops."""
         wide = torch.promote_types(dtype, torch.float32)
         reset = None if self.reset is None else self.reset.to(device)
         args = tuple(None if x is None else cast(x, dtype).to(device) for x in self.args)
@@ -92,7 +92,7 @@ class Draw:
         return self.pick(ends, *usual.shape) if self.extreme else usual
 
     def log_decay(self, *shape: int) -> Tensor:
-        """≤ 0: from nearly nothing forgotten to nearly all; extreme: nothing at all, and all within a step."""
+        """≤ 0: from almost nothing forgotten to almost all; extreme: nothing, and all within a step."""
         return self.between(3 * F.logsigmoid(self.normal(*shape) + 1), (0.0, -1e-3, -1.0, -50.0, -1000.0))
 
 
@@ -132,7 +132,9 @@ def _outer(form: str, s: Size, r: Draw) -> Args:
 
 
 def _mlstm(form: str, s: Size, r: Draw) -> Args:
-    return *_qkv(s, r, s.G), r.log_decay(s.B, s.T, s.H), 3 * r.normal(s.B, s.T, s.H, large=100)
+    # the equation holds e^-m, so below -88 the definition itself leaves float32's range
+    i = r.between(3 * r.normal(s.B, s.T, s.H), (-60.0, 0.0, 60.0, 500.0))
+    return *_qkv(s, r, s.G), r.log_decay(s.B, s.T, s.H), i
 
 
 def _delta(form: str, s: Size, r: Draw) -> Args:
@@ -188,21 +190,16 @@ FORMS: dict[str, tuple[str, ...]] = {op: forms for op, (forms, _) in MAKERS.item
 def make(
     op: str, form: str, size: Size = SMALL, seed: int = 0, extreme: bool = False, state=True, reset=True
 ) -> Case:
-    """Float64 arguments of `op` in one of its `FORMS`; with a state to continue from, and resets, if asked for.
+    """Float64 arguments of `op` in one of its `FORMS`, with a state to continue from and resets if asked for.
 
-    `extreme`: decays exactly 0 and 1, exponents and values a hundred times as large; still within float16's range.
+    `extreme`: decays exactly 0 and 1, exponents and values a hundred times as large, within float16's range.
     """
     if op not in MAKERS or form not in FORMS[op]:
         raise ValueError(f"no form '{form}' of op '{op}'; there are {FORMS}")
     draw = Draw(seed, extreme)
     args = MAKERS[op][1](form, size, draw)
-    return Case(
-        op,
-        form,
-        args,
-        _reached(op, form, size, seed) if state else None,
-        _resets(size, draw) if reset else None,
-    )
+    before = _reached(op, form, size, seed) if state else None
+    return Case(op, form, args, before, _resets(size, draw) if reset else None)
 
 
 def cases(op: str, size: Size = SMALL, seed: int = 0, extreme: bool = False) -> Iterator[Case]:

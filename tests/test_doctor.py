@@ -1,0 +1,149 @@
+"""The doctor catches a wrong kernel, remembers it, and ops refuse it until it passes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from riverrun import doctor, ops
+from riverrun.kernels import verdicts
+from riverrun.recurrences.fold import fold
+from riverrun.testing import inputs
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def plant(monkeypatch, name: str, wrong) -> None:
+    """Give op `name` a kernel "cpu" that is the definition, then `wrong(y, state) -> (y, state)`."""
+    op = ops.OPS[name]
+
+    def run(*args, state, reset):
+        return wrong(*fold(op.recurrence, args, state, reset))
+
+    monkeypatch.setitem(op.kernels, "cpu", ops.Kernel(run, "cpu", lambda name, args: None))
+
+
+def examine(name: str, dtype=torch.float32) -> doctor.Verdict:
+    found = doctor.run("cpu", ops=[name], dtypes=[dtype])
+    return next(v for v in found if v.impl == "cpu")
+
+
+class Scaled(torch.autograd.Function):
+    """The identity with a gradient that is one part in ten thousand too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 1.0001
+
+
+def last_step_lost(y, state):
+    return torch.cat([y[:, :-1], 0 * y[:, -1:]], 1), state
+
+
+WRONG = {
+    "a forward value": lambda y, s: (y * 1.0001, s),
+    "a gradient": lambda y, s: (Scaled.apply(y), s),
+    "a state's gradient": lambda y, s: (y, Scaled.apply(s)),
+    "a lost step": last_step_lost,
+    "NaN": lambda y, s: (y * math.nan, s),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_planted_mistake_is_caught(mistake, monkeypatch):
+    plant(monkeypatch, "delta", WRONG[mistake])
+    found = examine("delta")
+    assert found.verdict == "fail" and found.error > found.bound
+    assert found.where  # the case and the tensor
+
+
+def test_a_right_kernel_passes_in_every_dtype(monkeypatch):
+    plant(monkeypatch, "delta", lambda y, s: (y, s))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert examine("delta", dtype).verdict == "pass"
+
+
+def test_what_failed_is_refused_until_it_passes(monkeypatch):
+    case = inputs.make("delta", "head").to(torch.float32)
+    plant(monkeypatch, "delta", WRONG["a forward value"])
+    assert ops.explain("delta", *case.args) == "delta: cpu runs"  # unknown is allowed
+    found = examine("delta")
+    with pytest.raises(ValueError, match="the doctor found it wrong") as caught:
+        ops.delta(*case.args, impl="cpu")
+    assert found.line in str(caught.value)
+    assert "delta: chunk runs" in ops.explain("delta", *case.args)  # the next one is taken, and said so
+    ops.delta(*case.to(torch.float64).args, impl="cpu")  # other dtypes were not examined
+
+    plant(monkeypatch, "delta", lambda y, s: (y, s))
+    assert examine("delta").verdict == "pass"
+    ops.delta(*case.args, impl="cpu")
+
+
+def test_a_crash_is_a_finding(monkeypatch):
+    def crash(y, s):
+        raise RuntimeError("no code for this chip")
+
+    plant(monkeypatch, "softmax", crash)
+    found = examine("softmax")
+    assert found.verdict == "fail" and "no code for this chip" in found.where
+
+
+def test_another_machine_knows_nothing(monkeypatch):
+    plant(monkeypatch, "softmax", lambda y, s: (y * 2, s))
+    examine("softmax")
+    monkeypatch.setattr(verdicts, "machine", lambda device: "another")
+    case = inputs.make("softmax", "head").to(torch.float32)
+    ops.softmax(*case.args, impl="cpu")
+
+
+def test_a_damaged_file_says_so():
+    verdicts.record("cpu", {})
+    verdicts.path().write_text("{")
+    verdicts._read.cache_clear()
+    with pytest.raises(ValueError, match="delete it"):
+        ops.diagonal(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+
+
+def test_report_json_and_exit_code(monkeypatch):
+    plant(monkeypatch, "softmax", lambda y, s: (y * 2, s))
+    found = doctor.run("cpu", ops=["softmax"], dtypes=[torch.float32], remember=False)
+    assert not verdicts.path().exists()
+    assert doctor.exit_code(found) == 1
+    assert doctor.exit_code([v for v in found if v.impl != "cpu"]) == 0
+    assert {v["impl"]: v["verdict"] for v in json.loads(doctor.to_json(found))} == {
+        "cpu": "fail",
+        "scan": "pass",
+        "sequential": "pass",
+    }
+    assert "2 pass, 1 fail, 0 cannot" in doctor.report(found, "cpu")
+
+
+def test_compiled_code_sees_the_refusal(monkeypatch):
+    case = inputs.make("softmax", "head", replace(inputs.SMALL, T=3), state=False).to(torch.float32)
+    expected, _ = ops.softmax(*case.args, reset=case.reset)
+    verdicts.record("cpu", {"softmax scan float32": "softmax scan float32: error 1, bound 0, y"})
+    run = torch.compile(lambda *a: ops.softmax(*a, reset=case.reset)[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(*case.args), expected)
+
+
+@pytest.mark.parametrize("op", inputs.FORMS)
+def test_every_implementation_on_this_machine(op):
+    """The rounding of float32 is where a mistake cannot hide; the command examines the other dtypes too."""
+    for found in doctor.run("cpu", ops=[op], dtypes=[torch.float32], remember=False):
+        assert found.verdict == "pass", found.line
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no ops"):
+        doctor.run("cpu", ops=["dleta"])
+    with pytest.raises(ValueError, match="no form"):
+        inputs.make("outer", "sideways")

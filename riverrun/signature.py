@@ -1,4 +1,4 @@
-"""What an op accepts: its arguments bound, and their axes, dtypes, devices, state and reset checked before it runs."""
+"""What an op accepts: its arguments bound, and everything about them checked before it runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from riverrun.recurrences.fold import Recurrence
-from riverrun.state import State, describe
+from riverrun.state import State, describe, leaves
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
+REMEMBERED = 256  # shapes known to be right, so that decoding does not check the same ones at every token
+
+Args = tuple[Any, ...]  # tensors, and None where an optional one was left out
 
 
 class Signature:
@@ -26,8 +29,9 @@ class Signature:
         }
         self.like = self.names.index(recurrence.like)
         self.dtypes = REAL + COMPLEX if recurrence.complex else REAL
+        self.known: dict[Any, None] = {}
 
-    def bind(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    def bind(self, args: Args, named: dict[str, Any]) -> Args:
         """Positional and named arguments in declared order, with None for the optional ones left out."""
         if len(args) > len(self.names):
             raise TypeError(
@@ -41,33 +45,35 @@ class Signature:
             given[name] = value
         for name in self.names:
             if given.get(name) is None and name not in self.optional:
-                raise TypeError(
-                    f"op '{self.name}' needs the argument '{name}' with axes ({self.recurrence.args[name]})"
-                )
+                axes = self.recurrence.args[name]
+                raise TypeError(f"op '{self.name}' needs the argument '{name}' with axes ({axes})")
         return tuple(given.get(name) for name in self.names)
 
-    def check(self, args: tuple[Tensor | None, ...], state: State, reset: Tensor | None) -> None:
+    def check(self, args: Args, state: State, reset: Tensor | None) -> None:
         """Raise TypeError or ValueError unless dtypes, devices and axes of everything agree."""
+        if torch.compiler.is_compiling():  # once a graph, on sizes that may be symbols
+            self.examine(args, state, reset)
+            return
+        every = (*args, *leaves(state), reset)
+        nested = len(state) if isinstance(state, tuple) else -1
+        key = (nested, *[(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in every])
+        if key not in self.known:
+            self.examine(args, state, reset)
+            if len(self.known) >= REMEMBERED:
+                self.known.pop(next(iter(self.known)))
+            self.known[key] = None
+
+    def examine(self, args: Args, state: State, reset: Tensor | None) -> None:
         main = args[self.like]
         sizes: dict[str, int] = {}
         for name, x in zip(self.names, args, strict=True):
-            if x is None:
-                continue
-            if not isinstance(x, Tensor):
-                raise TypeError(f"op '{self.name}': {name} is a {type(x).__name__}; it must be a tensor")
-            if x.dtype not in self.dtypes:
-                raise TypeError(
-                    f"op '{self.name}': {name} is {x.dtype}; accepted are {[str(d) for d in self.dtypes]}"
-                )
-            if x.device != main.device:
-                raise ValueError(
-                    f"op '{self.name}': {name} is on {x.device}, {self.recurrence.like} on {main.device}"
-                )
-            if not any(fits(x.shape, form, sizes) for form in self.forms[name]):
-                raise ValueError(
-                    f"op '{self.name}': {name} has shape {tuple(x.shape)}; accepted is "
-                    f"({self.recurrence.args[name].rstrip(' ?')}) with {known(sizes)}"
-                )
+            if x is not None:
+                self.check_tensor(name, x, main)
+                if not any(fits(x.shape, form, sizes) for form in self.forms[name]):
+                    raise ValueError(
+                        f"op '{self.name}': {name} has shape {tuple(x.shape)}; accepted is "
+                        f"({self.recurrence.args[name].rstrip(' ?')}) with {said(sizes)}"
+                    )
         if sizes["T"] == 0 or sizes["B"] == 0:
             raise ValueError(
                 f"op '{self.name}': B = {sizes['B']} and T = {sizes['T']}; both must be at least 1"
@@ -77,33 +83,40 @@ class Signature:
                 f"op '{self.name}': {sizes['G']} q/k heads do not divide {sizes['H']} value heads"
             )
         if state is not None:
-            self.check_state(state, self.recurrence.state, sizes, main)
-        if reset is not None and (
-            reset.dtype != torch.bool or tuple(reset.shape) != (sizes["B"], sizes["T"])
-        ):
+            self.check_state(state, sizes, main)
+        if reset is not None:
+            self.check_reset(reset, (sizes["B"], sizes["T"]), main)
+
+    def check_tensor(self, name: str, x: Any, main: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"op '{self.name}': {name} is a {type(x).__name__}; it must be a tensor")
+        if x.dtype not in self.dtypes:
+            accepted = ", ".join(map(str, self.dtypes))
+            raise TypeError(f"op '{self.name}': {name} is {x.dtype}; accepted are {accepted}")
+        if isinstance(main, Tensor) and x.device != main.device:
             raise ValueError(
-                f"op '{self.name}': reset is {reset.dtype} of shape {tuple(reset.shape)}; "
-                f"it must be bool of shape (B, T) = ({sizes['B']}, {sizes['T']})"
-            )
-        if reset is not None and reset.device != main.device:
-            raise ValueError(
-                f"op '{self.name}': reset is on {reset.device}, {self.recurrence.like} on {main.device}"
+                f"op '{self.name}': {name} is on {x.device}, {self.recurrence.like} on {main.device}; "
+                "move them to one device"
             )
 
-    def check_state(self, state: State, axes: Any, sizes: dict[str, int], main: Tensor) -> None:
-        expected = expand(axes, sizes)
+    def check_state(self, state: State, sizes: dict[str, int], main: Tensor) -> None:
+        expected = expand(self.recurrence.state, sizes)
         if shapes(state) != expected:
             raise ValueError(
-                f"op '{self.name}': the state has shape {describe(state)}; it must be {expected} for {known(sizes)}: "
-                "a state continues only the model, the batch size and the heads that made it"
+                f"op '{self.name}': the state has shape {describe(state)}; it must be {expected} for "
+                f"{said(sizes)}: a state continues only the model and the batch size that made it"
             )
-        for x in state if isinstance(state, tuple) else (state,):
-            if x.device != main.device:
-                raise ValueError(
-                    f"op '{self.name}': the state is on {x.device}, the arguments on {main.device}"
-                )
-            if x.dtype not in self.dtypes:
-                raise TypeError(f"op '{self.name}': the state is {x.dtype}; it must be floating point")
+        for x in leaves(state):
+            self.check_tensor("the state", x, main)
+
+    def check_reset(self, reset: Tensor, shape: tuple[int, int], main: Tensor) -> None:
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool or tuple(reset.shape) != shape:
+            given = (
+                f"{reset.dtype} of shape {tuple(reset.shape)}" if isinstance(reset, Tensor) else repr(reset)
+            )
+            raise ValueError(f"op '{self.name}': reset is {given}; it must be bool of shape (B, T) = {shape}")
+        if reset.device != main.device:
+            raise ValueError(f"op '{self.name}': reset is on {reset.device}, the arguments on {main.device}")
 
 
 def fits(shape: torch.Size, form: tuple[str, ...], sizes: dict[str, int]) -> bool:
@@ -134,5 +147,5 @@ def shapes(state: State) -> Any:
     return None if state is None else tuple(state.shape)
 
 
-def known(sizes: dict[str, int]) -> str:
+def said(sizes: dict[str, int]) -> str:
     return ", ".join(f"{axis} = {size}" for axis, size in sizes.items()) or "no axis known yet"

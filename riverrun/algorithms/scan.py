@@ -58,7 +58,7 @@ def selective(x, dt, A, B, C, state: Tensor | None = None, reset: Tensor | None 
 
 def softmax(s: Tensor, v: Tensor, state=None, reset: Tensor | None = None):
     """The (m, c, a) triple. The carried state is one more element on the left."""
-    xs = (s, torch.ones_like(s), v)
+    xs: tuple[Tensor, ...] = (s, torch.ones_like(s), v)
     if state is not None:
         xs = tuple(torch.cat([c[:, None], x], 1) for c, x in zip(state, xs, strict=True))
         if reset is not None:

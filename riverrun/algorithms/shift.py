@@ -17,7 +17,7 @@ def short_conv(
     segment = None
     if reset is not None:  # number of resets so far; the incoming inputs stand before all of them
         segment = torch.nn.functional.pad(reset.long().cumsum(1), (W - 1, 0))[..., None]
-    y = 0
+    y = torch.zeros_like(x)
     for j in range(W):
         tap = past[:, j : j + T]
         if segment is not None:

@@ -55,9 +55,7 @@ class Kernel:
 
     run: Callable[..., tuple[Tensor, State]]
     device: str  # "cpu" or "cuda"
-    refuses: Callable[
-        [str, tuple[Tensor | None, ...]], str | None
-    ]  # why it cannot run these arguments, or None
+    refuses: Callable[[str, Args], str | None]  # why it cannot run these arguments, or None
     half: bool = False  # whether it takes half precision itself; else the op widens
 
     def refusal(self, name: str, args: Args) -> str | None:
@@ -82,7 +80,7 @@ class Op:
         return [*self.kernels, *self.parallel, "sequential"]
 
     def refusal(self, impl: str, args: Args) -> str | None:
-        """Why `impl` cannot run these arguments, or must not since the doctor found it wrong here; or None."""
+        """Why `impl` cannot run these arguments, or must not since the doctor found it wrong; or None."""
         like = next(x for x in args if x is not None)
         why = self.kernels[impl].refusal(self.name, args) if impl in self.kernels else None
         if why is None and impl != "sequential":

@@ -61,8 +61,12 @@ def _read(file: str) -> dict[str, dict[str, str | None]]:
 @torch.compiler.assume_constant_result
 def failure(op: str, impl: str, dtype: torch.dtype, device: str) -> str | None:
     """Why `impl` must not run `op` in `dtype` on `device`: the doctor's line, or None if it did not fail."""
-    known = {} if _ignored else _read(str(path()))
-    line = known.get(machine(device), {}).get(key(op, impl, dtype)) if known else None
+    return None if _ignored else _failure(op, impl, dtype, device, os.environ.get("XDG_CACHE_HOME"))
+
+
+@cache  # asked at every call of an op
+def _failure(op: str, impl: str, dtype: torch.dtype, device: str, cache_home: str | None) -> str | None:
+    line = _read(str(path())).get(machine(device), {}).get(key(op, impl, dtype))
     if line is None:
         return None
     return f"the doctor found it wrong on this machine: '{line}'. `riverrun doctor` tries it again"
@@ -78,6 +82,7 @@ def record(device: str, lines: dict[str, str | None]) -> Path:
     whole.write_text(json.dumps(known, indent=1))
     whole.replace(file)  # a program that reads it meanwhile sees the old file or the new one
     _read.cache_clear()
+    _failure.cache_clear()
     return file
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import conv, scan, selective
+from . import conv, scan, selective, softmax
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "diagonal": scan.diagonal,
     "selective": selective.selective,
+    "softmax": softmax.softmax,
     "short_conv": conv.short_conv,
 }
 

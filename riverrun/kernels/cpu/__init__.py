@@ -10,13 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from . import conv, scan, selective, softmax
+from . import cells, conv, scan, selective, softmax
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "diagonal": scan.diagonal,
     "selective": selective.selective,
     "softmax": softmax.softmax,
     "short_conv": conv.short_conv,
+    "elman": cells.elman,
+    "lstm": cells.lstm,
+    "gru": cells.gru,
+    "slstm": cells.slstm,
 }
 
 

@@ -1,0 +1,1 @@
+"""Stacks of mixers: models with parameters, a state and a folder on disk."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from riverrun.mixers import row
 from riverrun.state import State, leaves, nbytes
 
-from .language import LanguageModel
+from .language import Block, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ def count(model: LanguageModel, T: int = 1) -> Counts:
     """Count a model's costs; layers whose state depends on T are run on T steps to see it.
 
     Operations: 2 for every weight of a matrix (the output map included, the embedding's lookup not), 4 for
-    every number of a constant state (a multiply-add to write it, one to read it), 2 for every number of a cache,
-    which is only read. Norms, gates and activations are left out: they are below a hundredth.
+    every number of a constant state (a multiply-add to write it, one to read it), 2 for every number of a
+    cache, which is only read. Norms, gates and activations are left out: they are below a hundredth.
     """
     states = [after(model, i, T) for i in range(len(model.layers))]
     flops = 2 * model.output.numel()
@@ -46,4 +47,4 @@ def after(model: LanguageModel, layer: int, T: int) -> State:
     if row(model.layers[layer]).state == "constant":
         return model.like[layer]
     weight = model.embedding.weight
-    return model.blocks[layer].mixer(weight.new_zeros(1, T, weight.shape[1]), None, None)[1]
+    return cast(Block, model.blocks[layer]).mixer(weight.new_zeros(1, T, weight.shape[1]), None, None)[1]

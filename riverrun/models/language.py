@@ -4,8 +4,8 @@
 
     tokens: (B, T) int64    logits: (B, T, vocabulary)    state: one mixer state a layer    reset: (B, T) bool
 
-The same call trains (T = 4096), reads a prompt (T = 700) and decodes (T = 1). `reset` marks the first token of
-a document: no mixer carries anything over it.
+The same call trains (T = 4096), reads a prompt (T = 700) and decodes (T = 1). `reset` marks the first token
+of a document: no mixer carries anything over it.
 """
 
 from __future__ import annotations
@@ -74,11 +74,12 @@ class LanguageModel(nn.Module):
                     f"arguments are given for the mixer '{name}', which is not in the pattern; {hint}"
                 )
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.blocks = nn.ModuleList(Block(name, config) for name in self.layers)
+        blocks = [Block(name, config) for name in self.layers]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.width, config.eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
         self.initialise()
-        self.like = tuple(one_step(block.mixer, config.width) for block in self.blocks)
+        self.like = tuple(one_step(block.mixer, config.width) for block in blocks)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -162,8 +163,8 @@ class LanguageModel(nn.Module):
             for x in leaves(given):
                 if x.shape[0] != batch:
                     raise ValueError(
-                        f"the state is of {x.shape[0]} sequences, the tokens of {batch}: a state continues just "
-                        "the sequences that made it; riverrun.state.select picks or repeats some"
+                        f"the state is of {x.shape[0]} sequences, the tokens of {batch}: a state continues "
+                        "just the sequences that made it; riverrun.state.select picks or repeats some"
                     )
 
 
@@ -175,7 +176,7 @@ def one_step(mixer: nn.Module, width: int) -> State:
 
 
 def same(state: State, like: State, exact: bool) -> bool:
-    """Whether two states are nested alike, tensors of equal rank and, if `exact`, equal sizes past the batch."""
+    """Whether two states are nested alike, with equal ranks and, if `exact`, equal sizes past the batch."""
     if isinstance(like, tuple):
         return (
             isinstance(state, tuple)

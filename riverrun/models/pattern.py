@@ -1,4 +1,4 @@
-"""Which mixer stands at which depth, in one line repeated to any depth: `"3 gated_deltanet + 1 attention"`."""
+"""Which mixer stands at which depth: one line such as "3 gated_deltanet + 1 attention", repeated."""
 
 from __future__ import annotations
 

@@ -48,8 +48,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     """The inverse of `to_dict`. Raises ValueError for unknown and missing fields and wrong types."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {values!r}; it must be an object with the fields of {cls.__name__}")
-    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type:
-    ignore[arg-type] given: dict[str, Any] = {} for name, value in values.items():
+    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore
+    given: dict[str, Any] = {}
+    for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{where} has an unknown field '{name}'; {nearest(name, fields)}")
         given[name] = _from_json(hints[name], value, f"{where}: {name}")

@@ -1,0 +1,151 @@
+"""A model on disk: a folder with config.json, model.safetensors and tokenizer.json, none of it ever executed.
+
+    save("my-model", model, tokenizer)
+    model, tokenizer = load("my-model")
+
+A folder appears whole or not at all: it is written beside its place, brought to the disk and then renamed.
+config.json holds the SHA-256 of the weights, so that a damaged file is refused and not trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from riverrun import __version__
+from riverrun.config import from_dict, to_dict
+from riverrun.data import tokens
+from riverrun.data.tokens import Tokenizer
+
+from .language import LanguageConfig, LanguageModel
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Write a model and its tokenizer ; what was there stays until all is written."""
+    with replacing(folder) as fresh:
+        write(fresh, model, tokenizer)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
+    """Read what `save` wrote. FileNotFoundError and ValueError say what is damaged or does not fit."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        inside = sorted(str(p.parent) for p in folder.glob(f"**/{CONFIG}"))
+        hint = f"; there is one in {inside[-1]}" if inside else ""
+        raise FileNotFoundError(f"no model in '{folder}': it has no {CONFIG}{hint}")
+    values = read_json(folder / CONFIG)
+    config = from_dict(LanguageConfig, values.get("model", {}), f"{folder / CONFIG}: model")
+    weights = read_tensors(folder / WEIGHTS, values.get("sha256"))
+    tokenizer = tokens.load(folder / TOKENIZER)
+    fits(config, tokenizer)
+    model = LanguageModel(config).to(device)
+    kinds = {x.dtype for x in weights.values() if x.is_floating_point()}
+    if len(kinds) == 1:
+        model.to(kinds.pop())
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not hold the model of {CONFIG}: {error}") from error
+    return model, tokenizer
+
+
+def fits(config: LanguageConfig, tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless a model's vocabulary is the tokenizer's."""
+    if config.vocabulary != tokenizer.size:
+        raise ValueError(
+            f"the model has a vocabulary of {config.vocabulary}, the tokenizer ({tokenizer.kind}) of "
+            f"{tokenizer.size}: "
+            "they do not belong together"
+        )
+
+
+def write(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """The three files, into a folder that exists."""
+    fits(model.config, tokenizer)
+    digest = write_tensors(folder / WEIGHTS, model.state_dict())
+    values = {"riverrun": __version__, "model": to_dict(model.config), "sha256": digest}
+    write_bytes(folder / TOKENIZER, json.dumps(tokenizer.to_json()).encode())
+    write_bytes(folder / CONFIG, json.dumps(values, indent=2).encode())
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A fresh folder to fill, which takes the place of `folder` when the block ends without an error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        yield fresh
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file and bring it to the disk. Every byte of a model or a checkpoint goes through here."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Bring a folder's names to the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, values: dict[str, Tensor]) -> str:
+    """Write tensors as safetensors; the SHA-256 of the file."""
+    data = safetensors.torch.save({name: x.detach().contiguous().cpu() for name, x in values.items()})
+    write_bytes(path, data)
+    return sha256(data).hexdigest()
+
+
+def read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
+    """Read safetensors. Raises ValueError unless the file is whole and has this SHA-256."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if digest is None:
+        raise ValueError(f"the {CONFIG} beside {path} lacks the field 'sha256' of the weights")
+    data = path.read_bytes()
+    if sha256(data).hexdigest() != digest:
+        raise ValueError(
+            f"{path} is damaged: its {len(data)} bytes are not those that were written (SHA-256 differs); "
+            "copy it again, or take another checkpoint"
+        )
+    return safetensors.torch.load(data)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; it must hold an object")
+    return values

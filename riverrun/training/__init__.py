@@ -1,0 +1,1 @@
+"""Making a model: loss, optimizer, schedule, loop, checkpoints, evaluation, reports."""

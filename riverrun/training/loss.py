@@ -1,0 +1,74 @@
+"""Cross entropy of next tokens, straight from hidden activations.
+
+    loss = mean over the n tokens of  log Σ_w e^{x·E_w} - x·E_target        x: (n, D)    E: (vocabulary, D)
+
+Logits are made for some rows at a time and turned in place into their gradient, e^{x·E} / Σ e^{x·E} -
+onehot, at once: forward and backward together cost three products and memory for one block of logits, at
+any vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 1 << 22  # logits held at a time: 16 MiB in float32
+
+
+def cross_entropy(x: Tensor, E: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats of `targets` (B, T) under hidden activations x (B, T, D) and output map E."""
+    x = _cast(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _CrossEntropy.apply(x.flatten(0, -2), E, targets.flatten())
+
+
+def cross_entropy_sum(x: Tensor, E: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the same, in float64, without gradients."""
+    total = x.new_zeros((), dtype=torch.float64)
+    for rows, wanted in _blocks(_cast(x).flatten(0, -2), targets.flatten(), E.shape[0]):
+        total += F.cross_entropy(_logits(rows, E), wanted, reduction="none").double().sum()
+    return total
+
+
+def _cast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast wants products in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _blocks(x: Tensor, targets: Tensor, vocabulary: int):
+    size = max(1, BLOCK // vocabulary)
+    return zip(x.split(size), targets.split(size), strict=True)
+
+
+def _logits(x: Tensor, E: Tensor) -> Tensor:
+    return F.linear(x, E.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, E: Tensor, targets: Tensor) -> Tensor:
+        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        need = any(ctx.needs_input_grad[:2])
+        dx, dE = torch.empty_like(x), torch.zeros_like(E)
+        start, n = 0, len(targets)
+        for rows, wanted in _blocks(x, targets, E.shape[0]):
+            logits = _logits(rows, E)
+            norm = logits.logsumexp(-1, keepdim=True)
+            total += (norm - logits.gather(-1, wanted[:, None])).sum()
+            if need:
+                grad = logits.sub_(norm).exp_()
+                grad.scatter_add_(-1, wanted[:, None], grad.new_full((len(wanted), 1), -1.0))
+                grad = grad.mul_(1 / n).to(x.dtype)
+                torch.mm(grad, E.to(x.dtype), out=dx[start : start + len(wanted)])
+                dE += grad.T @ rows
+                start += len(wanted)
+        ctx.save_for_backward(dx, dE)
+        return total / n
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        dx, dE = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dE * grad.to(dE.dtype), None

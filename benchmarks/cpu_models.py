@@ -1,0 +1,236 @@
+"""riverrun beside HuggingFace transformers' PyTorch path on a CPU: same models, same weights, one run.
+
+    python benchmarks/cpu_models.py                 writes benchmarks/results/cpu_models.md
+    python benchmarks/cpu_models.py --only mamba    prints one model's rows, writes nothing
+
+Whole language models of width 256, 4 layers, vocabulary 1,000, batch 1, float32, on one thread and on all.
+transformers' weights are copied into riverrun's model; logits must agree before anything is timed.
+
+    mamba         MambaForCausalLM, no feed-forward layers on either side
+    mamba2        Mamba2ForCausalLM, the same
+    qwen3_next    Qwen3NextForCausalLM with gated delta layers only, no attention, dense feed-forward layers
+
+A training step is forward, cross-entropy, backward and fused AdamW. Prefill reads 2,048 tokens into a state.
+Decoding feeds the most likely token back, one at a time. Each number is the best of several repetitions in a
+process of its own, and its memory is the growth of that process's peak resident memory over what the model
+and a first short run take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peers import LAYERS, PAIRS, VOCABULARY, WIDTH, make
+from torch import Tensor
+
+LENGTHS, PREFILL, DECODE = (128, 512, 2048), 2048, 20  # tokens
+PATIENCE = 60  # seconds; a training step that would take longer is estimated, not run
+SECONDS = 1.5  # at least this long is each thing repeated, if it takes less
+# Both sum in float32, in different orders: errors of some 1e-7 a sum grow through 4 layers and 200 steps to
+# about 1e-5 of the largest logit. A wrong weight or constant is off by 1e-2 or more.
+TOLERANCE = 1e-4
+RESULTS = Path(__file__).parent / "results" / "cpu_models.md"
+
+
+def agree(name: str) -> float:
+    """max |difference| of logits over max |logit|: 200 tokens at once, then 8 one at a time."""
+    tokens, logits = torch.randint(VOCABULARY, (1, 208)), []
+    with torch.no_grad():
+        for model, call in (make(name, "riverrun"), make(name, "transformers")):
+            y, state = call(model.eval(), tokens[:, :200], None)
+            ys = [y]
+            for t in range(200, 208):
+                y, state = call(model, tokens[:, t : t + 1], state)
+                ys.append(y)
+            logits.append(torch.cat(ys, 1))
+    ours, theirs = logits
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@dataclass(frozen=True)
+class Found:
+    seconds: float  # for `tokens` tokens
+    tokens: int
+    mebibytes: float
+    note: str = ""
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def best(run: Callable[[], object], tokens: int, longest: int = 100) -> Found:
+    """The fastest of several runs, which the caller has warmed up, and the growth of the peak of memory."""
+    gc.collect()
+    before, seconds, started = resident(), [], time.perf_counter()
+    while len(seconds) < longest and (len(seconds) < 2 or time.perf_counter() - started < SECONDS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+        if seconds[0] > 5:
+            break
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Found(min(seconds), tokens, max(0, peak - before) / 2**20)
+
+
+def training(name: str, side: str, T: int) -> Found:
+    model, call = make(name, side)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(tokens: Tensor) -> None:
+        logits, _ = call(model, tokens[:, :-1], None)
+        F.cross_entropy(logits[0], tokens[0, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(torch.randint(VOCABULARY, (1, 17)))
+    tokens = torch.randint(VOCABULARY, (1, T + 1))
+    return best(lambda: step(tokens), T)
+
+
+def prefill(name: str, side: str) -> Found:
+    model, call = make(name, side)
+    with torch.no_grad():
+        call(model.eval(), torch.randint(VOCABULARY, (1, 16)), None)
+        tokens = torch.randint(VOCABULARY, (1, PREFILL))
+        return best(lambda: call(model, tokens, None), PREFILL)
+
+
+def decode(name: str, side: str) -> Found:
+    model, call = make(name, side)
+    with torch.no_grad():
+        logits, state = call(model.eval(), torch.randint(VOCABULARY, (1, 64)), None)
+
+        def run() -> None:
+            nonlocal logits, state
+            for _ in range(DECODE):
+                logits, state = call(model, logits[:, -1:].argmax(-1), state)
+
+        run()
+        return best(run, DECODE)
+
+
+def child(pipe: Any, threads: int, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    pipe.send(measure(*args))
+
+
+def alone(threads: int, measure: Callable[..., Any], *args: Any) -> Any:
+    """Run in a process of its own, which starts with everything imported and nothing computed."""
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe()
+    process = context.Process(target=child, args=(its, threads, measure, args))
+    process.start()
+    its.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        raise SystemExit(f"{measure.__name__}{args} on {threads} threads failed; see above") from None
+    finally:
+        process.join()
+
+
+def rows(name: str, threads: int) -> list[str]:
+    """The table's rows of one model, the two sides measured in turn."""
+    lines, theirs = [], {}
+    for T in LENGTHS:
+        ours = alone(threads, training, name, "riverrun", T)
+        expected = (
+            theirs[T // 4] ** 2 / theirs[T // 16] if T // 16 in theirs else 0.0
+        )  # a power law through the last two
+        other = None if expected > PATIENCE else alone(threads, training, name, "transformers", T)
+        theirs[T] = other.seconds if other else expected
+        lines.append(row(f"training, T = {T:,}", ours, other, expected))
+    for label, measure in ((f"prefill, T = {PREFILL:,}", prefill), ("decoding", decode)):
+        lines.append(
+            row(label, *(alone(threads, measure, name, side) for side in ("riverrun", "transformers")))
+        )
+    return [f"| {name} {line}" for line in lines]
+
+
+def row(label: str, ours: Found, theirs: Found | None, expected: float = 0.0) -> str:
+    if theirs is None:
+        slow = ours.tokens / expected
+        return (
+            f"| {label} | {ours.speed:,.0f} | not run: a step would take about {expected:.0f} s "
+            f"| about {ours.speed / slow:,.0f} | {ours.mebibytes:,.0f} | |"
+        )
+    memory = f"{ours.mebibytes:,.0f} | {theirs.mebibytes:,.0f}"
+    return (
+        f"| {label} | {ours.speed:,.0f} | {theirs.speed:,.0f} | {ours.speed / theirs.speed:.1f} | {memory} |"
+    )
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo").read_text()
+    chip = next(
+        (line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), platform.machine()
+    )
+    names = ("torch", "numba", "transformers")
+    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
+    return f"{chip}, {os.cpu_count()} cores seen; Python {platform.python_version()}, {versions}"
+
+
+def report(names: list[str], threads: list[int]) -> Iterator[str]:
+    yield "# Language models on a CPU, beside transformers\n"
+    yield f"{date.today()}. {machine()}. Command: `python {' '.join(sys.argv)}`.\n"
+    yield (
+        f"Width {WIDTH}, {LAYERS} layers, vocabulary {VOCABULARY:,}, batch 1, float32; transformers' PyTorch "
+        "path; the same weights on both sides. Speeds are in tokens per second. MiB is the growth of the "
+        "process's peak memory over what the model and a first short run take.\n"
+    )
+    for name in names:
+        found = alone(1, agree, name)
+        if found > TOLERANCE:
+            raise SystemExit(
+                f"{name}: logits differ by {found:.1e} of the largest, allowed is {TOLERANCE:.0e}"
+            )
+        yield f"- {name}: logits differ by {found:.1e} of the largest (allowed: {TOLERANCE:.0e})"
+    for n in threads:
+        yield f"\n## {n} thread{'s' if n > 1 else ''}\n"
+        yield "| model | measured | riverrun | transformers | ratio | riverrun MiB | transformers MiB |"
+        yield "|---|---|---:|---:|---:|---:|---:|"
+        for name in names:
+            yield from rows(name, n)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=list(PAIRS))
+    parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, os.cpu_count() or 1}))
+    given = parser.parse_args()
+    lines = []
+    for line in report([given.only] if given.only else list(PAIRS), given.threads):
+        print(line, flush=True)
+        lines.append(line)
+    if not given.only:
+        RESULTS.write_text("\n".join(lines) + "\n")
+        print(f"\nwritten to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

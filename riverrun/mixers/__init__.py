@@ -34,15 +34,100 @@ class Row:
     compiles: bool = True  # torch.compile(fullgraph=True) takes it
 
 
+BY_EQUATION = "its equation in float64 stands in tests/test_mixers.py: "
+
 MIXERS: dict[str, Row] = {
+    "attention": Row(
+        "Attention",
+        "1706.03762",
+        op="",
+        state="grows",
+        small=dict(num_heads=4, num_key_heads=2),
+        golden=BY_EQUATION + "masked softmax over all pairs",
+    ),
+    "deltanet": Row(
+        "DeltaNet",
+        "2406.06484",
+        op="delta",
+        small=dict(num_heads=2, max_beta=2.0),
+        golden=BY_EQUATION + "the authors' code runs on GPUs only",
+    ),
     "gated_deltanet": Row(
         "GatedDeltaNet",
         "2412.06464",
         op="delta",
-        small=dict(num_heads=2),
+        small=dict(num_heads=4, num_key_heads=2, key_width=6),
         golden="gated_deltanet.safetensors",
     ),
+    "gla": Row(
+        "GLA",
+        "2312.06635",
+        op="outer",
+        small=dict(num_heads=2, rank=4),
+        golden=BY_EQUATION + "the authors' code runs on GPUs only",
+    ),
+    "gru": Row("GRU", "1406.1078", op="gru", small=dict(num_heads=2), golden="gru.safetensors"),
+    "hgrn2": Row(
+        "HGRN2",
+        "2404.07904",
+        op="outer",
+        small=dict(num_heads=2, lower_bound=0.2),
+        golden=BY_EQUATION + "the authors' code runs on GPUs only",
+    ),
+    "linear_attention": Row(
+        "LinearAttention",
+        "2006.16236",
+        op="outer",
+        small=dict(num_heads=2),
+        golden=BY_EQUATION + "the authors' package compiles at install",
+    ),
+    "lstm": Row("LSTM", "", op="lstm", small=dict(num_heads=2), golden="lstm.safetensors"),
     "mamba": Row("Mamba", "2312.00752", op="selective", small=dict(num_states=4), golden="mamba.safetensors"),
+    "mamba2": Row(
+        "Mamba2",
+        "2405.21060",
+        op="outer",
+        small=dict(num_heads=4, num_states=3, num_groups=2, step_limits=(0.01, 0.5)),
+        golden="mamba2.safetensors",
+    ),
+    "mingru": Row("MinGRU", "2410.01201", op="diagonal", golden="mingru.safetensors"),
+    "mlstm": Row("MLSTM", "2405.04517", op="mlstm", small=dict(num_heads=2), golden="mlstm.safetensors"),
+    "retnet": Row(
+        "RetNet",
+        "2307.08621",
+        op="outer",
+        small=dict(num_heads=2),
+        golden=BY_EQUATION + "the authors' package needs an old PyTorch",
+    ),
+    "rwkv7": Row(
+        "RWKV7",
+        "2503.14456",
+        op="dplr",
+        small=dict(num_heads=2, decay_rank=4, rate_rank=4, gate_rank=4),
+        golden="rwkv7.safetensors",
+    ),
+    "s5": Row(
+        "S5",
+        "2208.04933",
+        op="diagonal",
+        small=dict(num_states=4),
+        golden=BY_EQUATION + "the exponential of the whole matrix, conjugates included",
+    ),
+    "sliding_window": Row(
+        "SlidingWindow",
+        "2004.05150",
+        op="",
+        state="window",
+        small=dict(num_heads=4, num_key_heads=2, window=8),
+        golden=BY_EQUATION + "masked softmax over all pairs",
+    ),
+    "slstm": Row(
+        "SLSTM",
+        "2405.04517",
+        op="slstm",
+        small=dict(num_heads=2),
+        golden=BY_EQUATION + "the authors' kernels run on GPUs only",
+    ),
 }
 
 
@@ -64,7 +149,8 @@ def mixer_class(name: str) -> type[nn.Module]:
 def build(name: str, width: int, **args: Any) -> nn.Module:
     """The mixer called `name` at model width `width`; `args` are its constructor's.
 
-    Raises ValueError for a name that is no mixer and an argument that the mixer does not take, with the nearest one.
+    Raises ValueError for a name that is no mixer and an argument that the mixer does not take, with the
+    nearest one.
     """
     cls = mixer_class(name)
     accepted = list(inspect.signature(cls).parameters)[1:]

@@ -1,9 +1,10 @@
 """Gated DeltaNet: the delta rule with an input-dependent forget gate per head, and an output gate.
 
-    q, k, v = silu(conv(W x))    q, k scaled to |q| = K^{-1/2}, |k| = 1    β = σ(W_b x)    g = -A softplus(W_a x + c)
+    q, k, v = silu(conv(W x))    q, k scaled to |q| = K^{-1/2}, |k| = 1
+    β = σ(W_b x)    g = -A softplus(W_a x + c)
     S' = e^g S    S = S' + β k (v - S'ᵀ k)ᵀ    y = W_o (norm(Sᵀ q) ⊙ silu(W_z x))
 
-Source: Yang, Kautz & Hatamizadeh 2025 (arXiv:2412.06464) eq. 10 and fig. 1; the layout of the Qwen3-Next layer.
+Source: Yang, Kautz & Hatamizadeh 2025 (arXiv:2412.06464) eq. 10 and fig. 1; the Qwen3-Next layer's layout.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, ShortConv, heads, wide
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
-from riverrun.nn.norm import unit
 
 
 class GatedDeltaNet(nn.Module):
@@ -35,8 +35,9 @@ class GatedDeltaNet(nn.Module):
     ):
         super().__init__()
         H, G = num_heads, num_key_heads or num_heads
-        K, V = key_width or width // H, value_width or width // H
-        self.num_heads, self.num_key_heads, self.key_width = H, G, K
+        head_width(H, G, "num_key_heads")
+        K, V = key_width or head_width(width, H), value_width or head_width(width, H)
+        self.width, self.num_heads, self.num_key_heads, self.key_width = width, H, G, K
         self.sizes = (2 * G * K + H * V, H * V, H, H)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [q, k, v, z, b, a]
         self.conv = ShortConv(self.sizes[0], window)
@@ -47,7 +48,7 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        S, past = state or (None, None)
+        S, past = carried(self, x, state, reset, 2)
         qkv, z, b, a = self.inp(x).split(self.sizes, -1)
         qkv, past = self.conv(qkv, past, reset)
         n = self.num_key_heads * self.key_width

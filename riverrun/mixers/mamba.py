@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import ShortConv, wide
+from riverrun.nn import ShortConv, carried, wide
 from riverrun.nn.init import step_size_bias
 
 
@@ -25,7 +25,7 @@ class Mamba(nn.Module):
     ):
         super().__init__()
         E, N, R = expand * width, num_states, rank or -(-width // 16)
-        self.sizes = (R, N, N)
+        self.width, self.sizes = width, (R, N, N)
         self.inp = nn.Linear(width, 2 * E, bias=False)  # [u, z]
         self.conv = ShortConv(E, window, bias=True)
         self.dt_bc = nn.Linear(E, R + 2 * N, bias=False)  # [δ, B, C]
@@ -40,7 +40,7 @@ class Mamba(nn.Module):
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        h, past = state or (None, None)
+        h, past = carried(self, x, state, reset, 2)
         u, z = self.inp(x).chunk(2, -1)
         u, past = self.conv(u, past, reset)
         delta, B, C = self.dt_bc(u).split(self.sizes, -1)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class GatedMLP(nn.Module):
     """SwiGLU: W_out (silu(W_gate x) ⊙ W_up x). Shazeer 2020 (arXiv:2002.05202) eq. 6.
 
-    `inner` defaults to 8/3 of the width rounded up to a multiple of 64: the parameters of a plain MLP of 4 times the
-    width.
+    `inner` defaults to 8/3 of the width rounded up to a multiple of 64: the parameters of a plain MLP of 4
+    times the width.
     """
 
     def __init__(self, width: int, inner: int | None = None):

@@ -1,4 +1,4 @@
-"""Root-mean-square norms, plain and gated, computed in float32 or wider."""
+"""Norms, plain, gated and by head, computed in float32 or wider."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm of each group of `group` channels with a gate: w ⊙ norm(x) ⊙ silu(z), or w ⊙ norm(x ⊙ silu(z)).
+    """RMS norm of each `group` of channels with a gate: w ⊙ norm(x) ⊙ silu(z), or w ⊙ norm(x ⊙ silu(z)).
 
-    x, z: (..., width). `weight` is (width), or (group) shared by all groups when `shared`. `before` gates before the
-    norm, as Mamba-2 does; Gated DeltaNet gates after it.
+    x, z: (..., width). `weight` is (width), or (group) shared by all groups when `shared`. `before` gates
+    before the norm, as Mamba-2 does; Gated DeltaNet gates after it.
     """
 
     def __init__(
@@ -43,6 +43,23 @@ class GatedRMSNorm(nn.Module):
         x = x * wide(self.weight).view(-1, self.group)
         x = x.flatten(-2)
         return (x if self.before else x * gate).to(dtype)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of every head by itself, (..., H, P) -> (..., H·P), then a weight, and a bias, per channel.
+
+    Elsewhere it is called multi-head layer norm, or group norm with H groups.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, bias: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(wide(x), x.shape[-1:], eps=self.eps).flatten(-2) * wide(self.weight)
+        return (y if self.bias is None else y + wide(self.bias)).to(x.dtype)
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:

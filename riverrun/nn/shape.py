@@ -14,3 +14,8 @@ def heads(x: Tensor, n: int) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """x in float32 or wider, for what must not be computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gates(x: Tensor, count: int, num_heads: int) -> Tensor:
+    """(..., count·H·P) -> (..., count, H, P)."""
+    return x.unflatten(-1, (count, num_heads, -1))

@@ -1,0 +1,61 @@
+"""RWKV-7: a delta rule that removes along one key and writes along another, with decay and rate per channel.
+
+    d_t = x_{t-1} - x_t    x^i = x + μ_i ⊙ d for i in r, w, k, v, a, g
+    r, k, v = W x^r, W x^k, W x^v    w = exp(-e^{-1/2} σ(c_w + U tanh(V x^w)))    a = σ(c_a + U V x^a)
+    κ = (k ⊙ ξ) / |k ⊙ ξ|    k' = k ⊙ (1 + (a - 1) ⊙ α)    S_t = (diag(w_t) - (a ⊙ κ) κᵀ) S_{t-1} + k' vᵀ
+    y_t = norm(S_tᵀ r_t) + (r ⊙ ρ ⊙ k')ᵀ1 v    out = W_o (y ⊙ U σ(V x^g))
+
+Source: Peng et al. 2025 (arXiv:2503.14456) sec. 4. This is the paper's first layer: later ones also mix the
+first layer's v into theirs, which a mixer, seeing its own input only, cannot do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from riverrun import ops
+from riverrun.nn import HeadNorm, LowRank, carried, head_width, heads, previous, unit, wide
+
+
+class RWKV7(nn.Module):
+    """arXiv:2503.14456. State: (S (B, H, K, K), last x (B, width)) with K = width / H."""
+
+    def __init__(
+        self, width: int, num_heads: int = 4, decay_rank: int = 64, rate_rank: int = 64, gate_rank: int = 128
+    ):
+        super().__init__()
+        K = head_width(width, num_heads)
+        ramp = torch.arange(width) / max(width - 1, 1)
+        self.width, self.num_heads = width, num_heads
+        self.mix = nn.Parameter((1 - ramp).repeat(6, 1))  # μ for [r, w, k, v, a, g]
+        self.r, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.decay = LowRank(width, decay_rank, width, torch.tanh, bias=6 * ramp.sqrt() - 5.5)
+        self.rate = LowRank(width, rate_rank, width, bias=torch.zeros(width))
+        self.gate = LowRank(width, gate_rank, width, torch.sigmoid)
+        self.removal = nn.Parameter(torch.full((width,), 0.85))  # ξ
+        self.replacement = nn.Parameter(torch.ones(width))  # α
+        self.bonus = nn.Parameter(torch.full((num_heads, K), 0.1))  # ρ
+        self.norm = HeadNorm(width, eps=1e-5 * K, bias=True)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        S, last = carried(self, x, state, reset, 2)
+        H = self.num_heads
+        xr, xw, xk, xv, xa, xg = torch.addcmul(
+            x[..., None, :], (previous(x, last, reset) - x)[..., None, :], self.mix
+        ).unbind(-2)
+        r, k, v = self.r(xr), self.k(xk), self.v(xv)
+        g = -math.exp(-0.5) * wide(self.decay(xw)).sigmoid()
+        a = self.rate(xa).sigmoid()
+        kappa = unit(heads(k * self.removal, H))
+        k = k * (1 + (a - 1) * self.replacement)
+        r, k, v, g, a = (heads(p, H) for p in (r, k, v, g, a))
+        y, S = ops.dplr(r, k, v, g, -a * kappa, kappa, state=S, reset=reset)
+        bonus = (r * k * self.bonus).sum(-1, keepdim=True) * v
+        y = (self.norm(y) + bonus.flatten(2)) * self.gate(xg)
+        return self.out(y), (S, x[:, -1])

@@ -1,0 +1,124 @@
+"""Causal softmax attention whose state is a value: keys and values so far, or the last window - 1 of them.
+
+    y_t = Σ_s softmax_s(q_tᵀ k_s / sqrt(K)) v_s    s ≤ t in t's own document, s > t - window if there is one
+
+    q, y: (B, T, H, K)    k, v: (B, T, G, K), head h reads group h // (H / G)
+    state: (kv (B, 2G, n, K), start (B), filled (B)): keys above values; where in kv the current document
+    starts, negative when that is forgotten; how far the memory behind kv is taken
+
+Without gradients a step is appended in place. kv is then a view of a longer buffer, and all states on it
+share `filled`: only a state that ends there may write on, any other copies. So an older state, or one state twice,
+can be continued as if nothing were ever overwritten. With gradients, and in compiled code, nothing is.
+Sources: Vaswani et al. 2017 (arXiv:1706.03762) eq. 1; the window, Beltagy et al. 2020 (arXiv:2004.05150).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from riverrun.state import describe
+
+from .rotary import positions, rotate
+
+Cache = tuple[Tensor, Tensor, Tensor]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Cache | tuple[None, None, None],
+    reset: Tensor | None = None,
+    window: int | None = None,
+    base: float = 10_000.0,
+) -> tuple[Tensor, Cache]:
+    """y and the state after the last step; q and k are turned here, by rotary positions of that `base`."""
+    T, fresh = k.shape[1], state[0] is None
+    past, start, filled = begin(k, window) if fresh else checked(state, k, window)
+    position = positions(k, past.shape[2] - start, reset)[0]
+    q, k = rotate(q, position, base).transpose(1, 2), rotate(k, position, base)
+    kv, filled = append(past, filled, torch.cat([k, v], 2).transpose(1, 2), None if window else start)
+    n = kv.shape[2] - T
+    first = torch.arange(n, n + T, device=k.device) - position  # where in kv the document of each step starts
+    if window is None:
+        y = read(q, kv, None if fresh and reset is None else visible(first, n, n + T))
+        return y, (kv, first[:, -1], filled)
+    ys = []
+    for i in range(0, T, window):  # blocks of `window` steps see at most 2 · window - 1: linear in T
+        near = first[:, i : i + window] - i
+        j = i + near.shape[1]
+        ys.append(read(q[:, :, i:j], kv[:, :, i : n + j], visible(near, n, window)))
+    last = kv[:, :, T:]
+    if n <= T:
+        last = last.clone()  # a view would keep all T steps in memory
+    return torch.cat(ys, 1), (last, first[:, -1] - T, filled)
+
+
+def begin(k: Tensor, window: int | None) -> tuple[Tensor, Tensor, None]:
+    """Nothing; in a window zeros that nobody sees, so that its size never changes."""
+    B, _, G, K = k.shape
+    n = 0 if window is None else window - 1
+    return k.new_zeros(B, 2 * G, n, K), torch.full((B,), n, device=k.device), None
+
+
+def checked(state: Cache, k: Tensor, window: int | None) -> Cache:
+    B, _, G, K = k.shape
+    n = window - 1 if window else state[0].shape[2] if state[0].dim() == 4 else "n"
+    if [tuple(x.shape) for x in state] != [(B, 2 * G, n, K), (B,), (B,)]:
+        raise ValueError(
+            f"attention: the state has shape {describe(state)}; it must be (({B}, {2 * G}, {n}, {K}), "
+            f"({B},), ({B},)): a state continues only the mixer and the batch size that made it"
+        )
+    return state
+
+
+def visible(first: Tensor, n: int, window: int) -> Tensor:
+    """(B, 1, t, n + t): step i, at n + i, sees itself and window - 1 before it, from `first` (B, t) on."""
+    steps = torch.arange(n + first.shape[1], device=first.device)
+    here = steps[n:]
+    low = torch.maximum(first, here - (window - 1))
+    return ((steps >= low[..., None]) & (steps <= here[:, None]))[:, None]
+
+
+def read(q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, t, H, K) for q (B, H, t, K) and kv (B, 2G, s, K); no mask means causal with s = t."""
+    k, v = kv.to(q.dtype).chunk(2, 1)
+    gqa = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+def append(past: Tensor, filled: Tensor | None, new: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`new` behind `past`, and how far their memory is taken. A copy drops what is before every `start`."""
+    n, T = past.shape[2], new.shape[2]
+    compiling = torch.compiler.is_compiling()
+    writable = not (torch.is_grad_enabled() or compiling)
+    if writable and past.dtype == new.dtype and (found := behind(past, filled, T)):
+        buffer, end = found
+        buffer[:, :, end : end + T] = new
+        return buffer[:, :, end - n : end + T], filled.fill_(end + T)
+    if start is not None and n and not compiling:
+        past = past[:, :, int(start.min().clamp(0, n)) :]
+    kv = torch.cat([past, new], 2)
+    filled = torch.full(kv.shape[:1], kv.shape[2])  # on the CPU, where reading it waits for nothing
+    if not writable or n < T:
+        return kv, filled
+    # room for as much again: appending a step costs the same on average however long the past is
+    return torch.cat([kv, torch.empty_like(kv)], 2)[:, :, : kv.shape[2]], filled
+
+
+def behind(x: Tensor, filled: Tensor | None, steps: int) -> tuple[Tensor, int] | None:
+    """The buffer that x (B, G, n, K) is a view of, and where x ends in it, if `steps` more may be written."""
+    B, G, n, K = x.shape
+    size = x.stride(1) // K
+    if filled is None or not n or not size or x.stride() != (G * size * K, size * K, K, 1):
+        return None
+    skipped = x.storage_offset() // K % size
+    begin, end = x.storage_offset() - skipped * K, skipped + n
+    inside = end + steps <= size and begin + B * G * size * K <= x.untyped_storage().nbytes() // x.itemsize
+    frozen = x.is_inference() and not torch.is_inference_mode_enabled()
+    if not inside or frozen or not bool((filled == end).all()):
+        return None
+    return x.as_strided((B, G, size, K), x.stride(), begin), end

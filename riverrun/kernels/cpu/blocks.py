@@ -1,4 +1,5 @@
-"""How kernels cut work into tasks: from the shapes alone, so that sums come out the same on any number of threads."""
+"""How kernels cut work into tasks: from the shapes alone, so that sums come out the same on any number of
+threads."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ LANES = 16  # channels below which a task leaves vector registers empty
 
 
 def block_size(width: int, rows: int, limit: int) -> int:
-    """Channels a task where `rows` independent rows of `width` channels are to be shared out: a multiple of LANES."""
+    """Channels a task where `rows` independent rows of `width` channels are to be shared out: a multiple of
+    LANES."""
     size = width * rows // TASKS // LANES * LANES
     return min(max(size, LANES), limit)
 

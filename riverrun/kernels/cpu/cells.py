@@ -1,10 +1,11 @@
 """Nonlinear cells on a CPU: sequential in time, parallel over groups of batch rows and heads.
 
-A task walks its rows through time together, so that the head's matrix R is read from the cache once a step for all of
-them. Forward keeps what each step's gradient needs (`KEPT`). Backward walks the gradient dp of the gates back in time,
-and sums dR and dc from it afterwards, as one matrix product over all times.
+A task walks its rows through time together, so that the head's matrix R is read from the cache once a step
+for all of them. Forward keeps what each step's gradient needs (`keep`). Backward walks the gradient dp of the
+gates back in time, and sums dR and dc from it afterwards, as one matrix product over all times.
 
-Inside, gates and rows of R are one axis: p, dp (..., gates · P), R (H, gates · P, P) and its transpose.
+For products the gates and rows of R are one axis: p, dp (..., G · P) and, for each head, R (G · P, P) or its
+transpose.
 """
 
 from __future__ import annotations
@@ -14,158 +15,141 @@ from collections.abc import Callable
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import same_dtype
+from .blocks import block_size, same_dtype
 from .elementary import compiled, exp, log_sigmoid, sigmoid, tanh
-from .threads import FASTMATH, array, parallel, use_threads
+from .product import add_product, packed, padded, width
+from .threads import array, parallel, use_threads
 
 ELMAN, LSTM, GRU, SLSTM = range(4)
-ROWS = 4  # batch rows a task at most
 STRETCH = 64  # steps of dp and h that are summed into dR at a time
 
-product_options = {"fastmath": FASTMATH, "error_model": "numpy", "cache": True}
 
-
-@numba.njit(**product_options)
-def add_product(acc, v, M, rows):
-    """acc (rows, n) += v (rows, k) M (k, n), four rows of M at a time; 1, 2 or 4 rows."""
-    K, n = M.shape
-    last = K // 4 * 4
-    for k in range(0, last, 4):
-        if rows == 4:
-            a0, a1, a2, a3 = v[0, k], v[0, k + 1], v[0, k + 2], v[0, k + 3]
-            b0, b1, b2, b3 = v[1, k], v[1, k + 1], v[1, k + 2], v[1, k + 3]
-            c0, c1, c2, c3 = v[2, k], v[2, k + 1], v[2, k + 2], v[2, k + 3]
-            d0, d1, d2, d3 = v[3, k], v[3, k + 1], v[3, k + 2], v[3, k + 3]
-            for j in range(n):
-                m0, m1, m2, m3 = M[k, j], M[k + 1, j], M[k + 2, j], M[k + 3, j]
-                acc[0, j] += a0 * m0 + a1 * m1 + a2 * m2 + a3 * m3
-                acc[1, j] += b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
-                acc[2, j] += c0 * m0 + c1 * m1 + c2 * m2 + c3 * m3
-                acc[3, j] += d0 * m0 + d1 * m1 + d2 * m2 + d3 * m3
-        else:
-            for r in range(rows):
-                a0, a1, a2, a3 = v[r, k], v[r, k + 1], v[r, k + 2], v[r, k + 3]
-                for j in range(n):
-                    acc[r, j] += a0 * M[k, j] + a1 * M[k + 1, j] + a2 * M[k + 2, j] + a3 * M[k + 3, j]
-    for k in range(last, K):
-        for r in range(rows):
-            a0 = v[r, k]
-            for j in range(n):
-                acc[r, j] += a0 * M[k, j]
+# The steps below take one row's gates p (gates, P), states st (states, P) and what is kept (kept, P). Their
+# loops index vectors, not rows of matrices: only then does the compiler see that neighbours are neighbours,
+# and use vectors.
 
 
 @compiled
-def _elman(p, st, keep):
-    for j in range(st.shape[1]):
-        st[0, j] = tanh(p[j])
+def _elman(p, st):
+    a, h = p[0], st[0]
+    for j in range(h.shape[0]):
+        h[j] = tanh(a[j])
 
 
 @compiled
 def _elman_backward(y, dst, dp):
-    for j in range(dst.shape[1]):
-        dp[j] = dst[0, j] * (y[j] * -y[j] + type(y[j])(1))
-        dst[0, j] = 0
+    dh, da = dst[0], dp[0]
+    for j in range(y.shape[0]):
+        da[j] = dh[j] * (type(y[j])(1) - y[j] * y[j])
+        dh[j] = 0
 
 
 @compiled
 def _lstm(p, st, keep):
-    P = st.shape[1]
-    for j in range(P):
-        i, f, z, o = sigmoid(p[j]), sigmoid(p[P + j]), tanh(p[2 * P + j]), sigmoid(p[3 * P + j])
-        s = f * st[1, j] + i * z
-        keep[0, j], keep[1, j], keep[2, j], keep[3, j], keep[4, j] = i, f, z, o, s
-        st[1, j] = s
-        st[0, j] = o * tanh(s)
+    pi, pf, pz, po, h, s = p[0], p[1], p[2], p[3], st[0], st[1]
+    ki, kf, kz, ko, ks = keep[0], keep[1], keep[2], keep[3], keep[4]
+    for j in range(h.shape[0]):
+        i, f, z, o = sigmoid(pi[j]), sigmoid(pf[j]), tanh(pz[j]), sigmoid(po[j])
+        s[j] = f * s[j] + i * z
+        h[j] = o * tanh(s[j])
+        ki[j], kf[j], kz[j], ko[j], ks[j] = i, f, z, o, s[j]
 
 
 @compiled
 def _lstm_backward(keep, before, dst, dp):
-    P = dst.shape[1]
-    for j in range(P):
-        i, f, z, o, s = keep[0, j], keep[1, j], keep[2, j], keep[3, j], tanh(keep[4, j])
+    ki, kf, kz, ko, ks = keep[0], keep[1], keep[2], keep[3], keep[4]
+    di, df, dz, do, dh, ds, s0 = dp[0], dp[1], dp[2], dp[3], dst[0], dst[1], before[1]
+    for j in range(dh.shape[0]):
+        i, f, z, o, s = ki[j], kf[j], kz[j], ko[j], tanh(ks[j])
         one = type(s)(1)
-        dh = dst[0, j]
-        ds = dst[1, j] + dh * o * (one - s * s)
-        dp[j] = ds * z * i * (one - i)
-        dp[P + j] = ds * before[1, j] * f * (one - f)
-        dp[2 * P + j] = ds * i * (one - z * z)
-        dp[3 * P + j] = dh * s * o * (one - o)
-        dst[0, j] = 0
-        dst[1, j] = ds * f
+        d = ds[j] + dh[j] * o * (one - s * s)
+        di[j] = d * z * i * (one - i)
+        df[j] = d * s0[j] * f * (one - f)
+        dz[j] = d * i * (one - z * z)
+        do[j] = dh[j] * s * o * (one - o)
+        dh[j] = 0
+        ds[j] = d * f
 
 
 @compiled
 def _gru(p, st, keep, x):
-    P = st.shape[1]
-    for j in range(P):
-        r, u, q = sigmoid(p[j]), sigmoid(p[P + j]), p[2 * P + j]
+    pr, pu, pz, h = p[0], p[1], p[2], st[0]
+    kr, ku, kq, kz = keep[0], keep[1], keep[2], keep[3]
+    for j in range(h.shape[0]):
+        r, u, q = sigmoid(pr[j]), sigmoid(pu[j]), pz[j]
         z = tanh(x[j] + r * q)
-        keep[0, j], keep[1, j], keep[2, j], keep[3, j] = r, u, q, z
-        st[0, j] = z + u * (st[0, j] - z)
+        h[j] = z + u * (h[j] - z)
+        kr[j], ku[j], kq[j], kz[j] = r, u, q, z
 
 
 @compiled
-def _gru_backward(keep, before, dst, dp, dz):
-    """dp is the gradient of R h + c; dz that of x's last gate."""
-    P = dst.shape[1]
-    for j in range(P):
-        r, u, q, z = keep[0, j], keep[1, j], keep[2, j], keep[3, j]
+def _gru_backward(keep, before, dst, dp, dx):
+    """dp is the gradient of R h + c; dx that of x's last gate."""
+    kr, ku, kq, kz, h0 = keep[0], keep[1], keep[2], keep[3], before[0]
+    dr, du, dq, dh = dp[0], dp[1], dp[2], dst[0]
+    for j in range(dh.shape[0]):
+        r, u, z = kr[j], ku[j], kz[j]
         one = type(r)(1)
-        dh = dst[0, j]
-        d = dh * (one - u) * (one - z * z)
-        dz[j] = d
-        dp[j] = d * q * r * (one - r)
-        dp[P + j] = dh * (before[0, j] - z) * u * (one - u)
-        dp[2 * P + j] = d * r
-        dst[0, j] = dh * u
+        d = dh[j] * (one - u) * (one - z * z)
+        dx[j] = d
+        dr[j] = d * kq[j] * r * (one - r)
+        du[j] = dh[j] * (h0[j] - z) * u * (one - u)
+        dq[j] = d * r
+        dh[j] = dh[j] * u
 
 
 @compiled
 def _slstm(p, st, keep):
-    P = st.shape[1]
-    for j in range(P):
-        f, z, o = p[P + j], tanh(p[2 * P + j]), sigmoid(p[3 * P + j])
-        one, zero = type(z)(1), type(z)(0)
-        kept = log_sigmoid(f) + st[3, j]
-        ahead = kept - p[j]  # of the old maximum, over the new candidate
+    pi, pf, pz, po, h, s, n, m = p[0], p[1], p[2], p[3], st[0], st[1], st[2], st[3]
+    ka, kf, kz, ko, ks, kn = keep[0], keep[1], keep[2], keep[3], keep[4], keep[5]
+    for j in range(h.shape[0]):
+        z, o, one = tanh(pz[j]), sigmoid(po[j]), type(pz[j])(1)
+        kept = log_sigmoid(pf[j]) + m[j]
+        ahead = kept - pi[j]  # the old maximum's lead over the new candidate; of e^{φ-m} and e^{i-m} one is 1
         small = exp(-abs(ahead))
-        forget, write = (one if ahead >= zero else small), (small if ahead >= zero else one)
-        st[3, j] = max(kept, p[j])
-        s, n = forget * st[1, j] + write * z, forget * st[2, j] + write
-        keep[0, j], keep[1, j], keep[2, j], keep[3, j] = ahead, sigmoid(-f), z, o
-        keep[4, j], keep[5, j] = s, n
-        st[1, j], st[2, j], st[0, j] = s, n, o * s / n
+        forget, write = (one if ahead >= 0 else small), (small if ahead >= 0 else one)
+        m[j] = max(kept, pi[j])
+        s[j] = forget * s[j] + write * z
+        n[j] = forget * n[j] + write
+        h[j] = o * s[j] / n[j]
+        ka[j], kf[j], kz[j], ko[j], ks[j], kn[j] = ahead, sigmoid(-pf[j]), z, o, s[j], n[j]
 
 
 @compiled
 def _slstm_backward(keep, before, dst, dp):
-    P = dst.shape[1]
-    for j in range(P):
-        ahead, g, z, o, s, n = keep[0, j], keep[1, j], keep[2, j], keep[3, j], keep[4, j], keep[5, j]
-        one, zero = type(z)(1), type(z)(0)
+    ka, kf, kz, ko, ks, kn = keep[0], keep[1], keep[2], keep[3], keep[4], keep[5]
+    di, df, dz, do, s0, n0 = dp[0], dp[1], dp[2], dp[3], before[1], before[2]
+    dh, ds, dn, dm = dst[0], dst[1], dst[2], dst[3]
+    for j in range(dh.shape[0]):
+        ahead, z, o, s, one = ka[j], kz[j], ko[j], ks[j], type(ka[j])(1)
         small = exp(-abs(ahead))
-        forget, write = (one if ahead >= zero else small), (small if ahead >= zero else one)
-        dh = dst[0, j] / n
-        ds, dn = dst[1, j] + dh * o, dst[2, j] - dh * o * s / n
-        dkept, di = (ds * before[1, j] + dn * before[2, j]) * forget, (ds * z + dn) * write
-        dm = dst[3, j] - dkept - di
-        share = (one if ahead > zero else zero) if ahead != zero else type(z)(0.5)
-        dkept, di = dkept + share * dm, di + (one - share) * dm
-        dp[j] = di
-        dp[P + j] = dkept * g
-        dp[2 * P + j] = ds * write * (one - z * z)
-        dp[3 * P + j] = dh * s * o * (one - o)
-        dst[0, j], dst[1, j], dst[2, j], dst[3, j] = 0, ds * forget, dn * forget, dkept
+        forget, write = (one if ahead >= 0 else small), (small if ahead >= 0 else one)
+        d = dh[j] / kn[j]
+        to_s = ds[j] + d * o
+        to_n = dn[j] - d * o * s / kn[j]
+        kept, new = (to_s * s0[j] + to_n * n0[j]) * forget, (to_s * z + to_n) * write
+        top = dm[j] - kept - new  # to the larger of the two; equals share it, as torch.maximum has it
+        share = type(z)(0.5) if ahead == 0 else (one if ahead > 0 else type(z)(0))
+        kept = kept + share * top
+        di[j] = new + (one - share) * top
+        df[j] = kept * kf[j]
+        dz[j] = to_s * write * (one - z * z)
+        do[j] = d * s * o * (one - o)
+        dh[j] = 0
+        ds[j] = to_s * forget
+        dn[j] = to_n * forget
+        dm[j] = kept
 
 
 @parallel
-def _forward(kind, x, Rt, c, state, initial, reset, rows, y, kept):
-    """x (B, T, G, H, P), Rt (H, P, G · P), c (G, H, P), kept (B, T, K, H, P) or empty; state (S, B, H, P) enters as the
-    first and leaves as the last; initial (S) is what a reset puts there."""
+def _forward(kind, x, R, c, state, initial, reset, rows, y, kept):
+    """x (B, T, G, H, P), R packed (H, P, G · P), c (G, H, P), kept (B, T, H, K, P) or empty; state (S, B, H,
+    P) enters as the first and leaves as the last; initial (S) is what a reset puts there."""
     batch, T, G, H, P = x.shape
     groups = (batch + rows - 1) // rows
     S = state.shape[0]
@@ -173,136 +157,123 @@ def _forward(kind, x, Rt, c, state, initial, reset, rows, y, kept):
         head, lo = task // groups, task % groups * rows
         count = min(rows, batch - lo)
         st, h = np.empty((count, S, P), x.dtype), np.zeros((rows, P), x.dtype)
-        p = np.zeros((rows, G * P), x.dtype)
-        unkept = np.empty((kept.shape[2], P), x.dtype)
+        p = np.zeros((rows, R.shape[1] * R.shape[3]), x.dtype)
+        spare = np.empty(kept.shape[3:], x.dtype)
         for r in range(count):
             for s in range(S):
-                for j in range(P):
-                    st[r, s, j] = state[s, lo + r, head, j]
+                st[r, s] = state[s, lo + r, head]
         for t in range(T):
             for r in range(count):
                 if reset.shape[0] and reset[lo + r, t]:
                     for s in range(S):
-                        for j in range(P):
-                            st[r, s, j] = initial[s]
-                for j in range(P):
-                    h[r, j] = st[r, 0, j]
+                        st[r, s] = initial[s]
+                h[r] = st[r, 0]
                 for g in range(G):
+                    p_g, x_g, c_g = p[r, g * P : g * P + P], x[lo + r, t, g, head], c[g, head]
                     if kind == GRU and g == 2:
-                        for j in range(P):
-                            p[r, 2 * P + j] = c[2, head, j]
+                        p_g[:] = c_g
                     else:
                         for j in range(P):
-                            p[r, g * P + j] = x[lo + r, t, g, head, j] + c[g, head, j]
-            add_product(p, h, Rt[head], rows)
+                            p_g[j] = x_g[j] + c_g[j]
+            add_product(p, h, R[head])
             for r in range(count):
-                keep = kept[lo + r, t, :, head] if kept.shape[0] else unkept
+                keep = kept[lo + r, t, head] if kept.shape[0] else spare
+                gates = p[r, : G * P].reshape(G, P)
                 if kind == ELMAN:
-                    _elman(p[r], st[r], keep)
+                    _elman(gates, st[r])
                 elif kind == LSTM:
-                    _lstm(p[r], st[r], keep)
+                    _lstm(gates, st[r], keep)
                 elif kind == GRU:
-                    _gru(p[r], st[r], keep, x[lo + r, t, 2, head])
+                    _gru(gates, st[r], keep, x[lo + r, t, 2, head])
                 else:
-                    _slstm(p[r], st[r], keep)
-                for j in range(P):
-                    y[lo + r, t, head, j] = st[r, 0, j]
+                    _slstm(gates, st[r], keep)
+                y[lo + r, t, head] = st[r, 0]
         for r in range(count):
             for s in range(S):
-                for j in range(P):
-                    state[s, lo + r, head, j] = st[r, s, j]
+                state[s, lo + r, head] = st[r, s]
 
 
 @parallel
 def _backward(kind, R, state, initial, reset, rows, y, kept, dy, dstate, dp, dx):
-    """R (H, G · P, P), state (S, B, H, P) the first, dp the gradient of R h + c, dx that of x where it differs (GRU).
-    dstate (S, B, H, P) enters as the gradient of the last state and leaves as that of the first."""
+    """R packed (H, G · P, P), state (S, B, H, P) the first, dp the gradient of R h + c, dx that of x where it
+    differs (GRU). dstate (S, B, H, P) enters as the gradient of the last state and leaves as that of the
+    first."""
     batch, T, G, H, P = dp.shape
     groups = (batch + rows - 1) // rows
     S = state.shape[0]
     for task in numba.prange(H * groups):
         head, lo = task // groups, task % groups * rows
         count = min(rows, batch - lo)
-        dst, dh = np.empty((count, S, P), y.dtype), np.zeros((rows, P), y.dtype)
-        d, before = np.zeros((rows, G * P), y.dtype), np.empty((S, P), y.dtype)
+        dst, before = np.empty((count, S, P), y.dtype), np.empty((S, P), y.dtype)
+        dh, d = np.zeros((rows, R.shape[1] * R.shape[3]), y.dtype), np.zeros((rows, G * P), y.dtype)
         for r in range(count):
             for s in range(S):
-                for j in range(P):
-                    dst[r, s, j] = dstate[s, lo + r, head, j]
+                dst[r, s] = dstate[s, lo + r, head]
         for t in range(T - 1, -1, -1):
             for r in range(count):
                 i = lo + r
-                cut = reset.shape[0] > 0 and reset[i, t]
+                dh_r, dy_r, gates = dst[r, 0], dy[i, t, head], d[r].reshape(G, P)
                 for j in range(P):
-                    dst[r, 0, j] += dy[i, t, head, j]
-                for s in range(S):  # of the state before this step, what the gradients read
-                    for j in range(P):
-                        if cut:
-                            before[s, j] = initial[s]
-                        elif t == 0:
-                            before[s, j] = state[s, i, head, j]
-                        elif s == 0:
-                            before[s, j] = y[i, t - 1, head, j]
-                        elif s < 3:
-                            before[s, j] = kept[i, t - 1, 3 + s, head, j]
-                keep = kept[i, t, :, head]
+                    dh_r[j] += dy_r[j]
+                for s in range(min(S, 3)):  # h, s and n before this step, which the gradients read
+                    if reset.shape[0] and reset[i, t]:
+                        before[s] = initial[s]
+                    elif t == 0:
+                        before[s] = state[s, i, head]
+                    elif s == 0:
+                        before[s] = y[i, t - 1, head]
+                    else:
+                        before[s] = kept[i, t - 1, head, 3 + s]
                 if kind == ELMAN:
-                    _elman_backward(y[i, t, head], dst[r], d[r])
+                    _elman_backward(y[i, t, head], dst[r], gates)
                 elif kind == LSTM:
-                    _lstm_backward(keep, before, dst[r], d[r])
+                    _lstm_backward(kept[i, t, head], before, dst[r], gates)
                 elif kind == GRU:
-                    _gru_backward(keep, before, dst[r], d[r], dx[i, t, 2, head])
+                    _gru_backward(kept[i, t, head], before, dst[r], gates, dx[i, t, 2, head])
+                    dx[i, t, 0, head] = gates[0]
+                    dx[i, t, 1, head] = gates[1]
                 else:
-                    _slstm_backward(keep, before, dst[r], d[r])
+                    _slstm_backward(kept[i, t, head], before, dst[r], gates)
                 for g in range(G):
-                    for j in range(P):
-                        dp[i, t, g, head, j] = d[r, g * P + j]
-                        if kind == GRU and g < 2:
-                            dx[i, t, g, head, j] = d[r, g * P + j]
-                for j in range(P):
-                    dh[r, j] = dst[r, 0, j]
-            add_product(dh, d, R[head], rows)
+                    dp[i, t, g, head] = gates[g]
+                dh[r, :P] = dst[r, 0]
+            add_product(dh, d, R[head])
             for r in range(count):
-                cut = reset.shape[0] > 0 and reset[lo + r, t]
-                for s in range(S):
-                    for j in range(P):
-                        if cut:
-                            dst[r, s, j] = 0
-                        elif s == 0:
-                            dst[r, s, j] = dh[r, j]
+                if reset.shape[0] and reset[lo + r, t]:
+                    dst[r] = 0
+                else:
+                    dst[r, 0] = dh[r, :P]
         for r in range(count):
             for s in range(S):
-                for j in range(P):
-                    dstate[s, lo + r, head, j] = dst[r, s, j]
+                dstate[s, lo + r, head] = dst[r, s]
 
 
 @parallel
-def _matrix_backward(dp, y, h0, reset, dR, dc):
-    """dR (H, G · P, P) = Σ_bt dp hᵀ and dc (H, G · P) = Σ_bt dp, with h the state before each step; four rows a task."""
+def _matrix_backward(dp, h, size, dR, dc):
+    """dR (H, G · P, P) = Σ_bt dp hᵀ and dc (H, G · P) = Σ_bt dp, with the h before each step packed as (B, T
+    / STRETCH, H, tiles, STRETCH, WIDTH). A task sums `size` rows of dR, a multiple of four, in the order of
+    time."""
     batch, T, G, H, P = dp.shape
-    groups = (G * P + 3) // 4
+    groups = (G * P + size - 1) // size
     for task in numba.prange(H * groups):
-        head, lo = task // groups, task % groups * 4
-        count = min(4, G * P - lo)
-        acc, v, h = np.zeros((4, P), y.dtype), np.zeros((4, STRETCH), y.dtype), np.zeros((STRETCH, P), y.dtype)
-        sums = np.zeros(4, y.dtype)
+        head, lo = task // groups, task % groups * size
+        fours = (min(size, G * P - lo) + 3) // 4
+        acc = np.zeros((fours, 4, h.shape[3] * h.shape[5]), dp.dtype)
+        v, sums = np.empty((4, STRETCH), dp.dtype), np.zeros(4 * fours, dp.dtype)
         for i in range(batch):
-            for start in range(0, T, STRETCH):
-                steps = min(STRETCH, T - start)
-                for k in range(steps):
-                    t = start + k
-                    cut = reset.shape[0] > 0 and reset[i, t]
-                    for r in range(count):
-                        g, j = (lo + r) // P, (lo + r) % P
-                        v[r, k] = dp[i, t, g, head, j]
-                        sums[r] += v[r, k]
-                    for j in range(P):
-                        h[k, j] = 0 * h0[i, head, j] if cut else (y[i, t - 1, head, j] if t else h0[i, head, j])
-                add_product(acc, v, h[:steps], 4)
-        for r in range(count):
+            for chunk in range(h.shape[1]):
+                for four in range(fours):
+                    for r in range(4):
+                        row = min(lo + 4 * four + r, G * P - 1)
+                        g, j = row // P, row % P
+                        for k in range(STRETCH):
+                            t = chunk * STRETCH + k
+                            v[r, k] = dp[i, t, g, head, j] if t < T else 0
+                            sums[4 * four + r] += v[r, k]
+                    add_product(acc[four], v, h[i, chunk, head])
+        for r in range(min(size, G * P - lo)):
             dc[head, lo + r] = sums[r]
-            for j in range(P):
-                dR[head, lo + r, j] = acc[r, j]
+            dR[head, lo + r] = acc[r // 4, r % 4, :P]
 
 
 def _rows(batch: int, heads: int) -> int:
@@ -318,8 +289,21 @@ def _first(x: Tensor, states: tuple[Tensor | None, ...], start: tuple[float, ...
     return torch.stack(states)
 
 
+def _before(y: Tensor, h0: Tensor, reset: Tensor | None) -> Tensor:
+    """The h that each step read, packed in stretches of time for `_matrix_backward`."""
+    batch, T, H, P = y.shape
+    h = torch.cat([h0[:, None], y[:, :-1]], 1)
+    if reset is not None:
+        h = h.masked_fill(reset[..., None, None], 0)
+    columns = padded(P, y.dtype)
+    h = F.pad(h, (0, columns - P, 0, 0, 0, -T % STRETCH))
+    h = h.view(batch, -1, STRETCH, H, columns // width(y.dtype), width(y.dtype))
+    return h.permute(0, 1, 3, 4, 2, 5).contiguous()
+
+
 def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Callable:
-    """The operator of one cell: `keeps` values a unit and step are saved, `start` is what a reset puts the states to."""
+    """The operator of one cell: `keeps` values a unit and step are saved, `start` is what a reset puts the
+    states to."""
     S = len(start)
 
     def run(x, R, c, *rest):
@@ -327,12 +311,12 @@ def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Calla
         *states, reset, save = rest
         batch, T, G, H, P = x.shape
         state = _first(x, states, start)
-        Rt = R.permute(1, 3, 0, 2).reshape(H, P, G * P).contiguous()
         c = x.new_zeros(G, H, P) if c is None else c.contiguous()
-        y, kept = x.new_empty(batch, T, H, P), x.new_empty(batch if save else 0, T, keeps, H, P)
+        y, kept = x.new_empty(batch, T, H, P), x.new_empty(batch if save else 0, T, H, keeps, P)
         reset = None if reset is None else reset.contiguous()
         initial = np.array(start, array(state).dtype)
-        inputs = (kind, *(array(z) for z in (x.contiguous(), Rt, c, state)), initial, array(reset))
+        matrix = packed(R.permute(1, 3, 0, 2).reshape(H, P, G * P))
+        inputs = (kind, *(array(z) for z in (x.contiguous(), matrix, c, state)), initial, array(reset))
         _forward(*inputs, _rows(batch, H), array(y), array(kept))
         return y, *(s.clone() for s in state), kept
 
@@ -340,18 +324,19 @@ def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Calla
         use_threads()
         states, (reset, y), rest = rest[:S], rest[S : S + 2], rest[S + 2 + S :]
         kept, dy, dlast = rest[0], rest[1], rest[2:]
-        batch, T, G, H, P = x.shape
+        batch, _, G, H, P = x.shape
         first = _first(x, states, start)
-        rows = R.permute(1, 0, 2, 3).reshape(H, G * P, P).contiguous()
         dy = torch.zeros_like(y) if dy is None else dy.contiguous()
         dstate = torch.stack([y.new_zeros(batch, H, P) if d is None else d for d in dlast])
         dp = x.new_empty(x.shape)
         dx = torch.empty_like(dp) if kind == GRU else dp
         initial, cuts = np.array(start, array(y).dtype), array(None if reset is None else reset.contiguous())
-        inputs = (kind, array(rows), array(first), initial, cuts, _rows(batch, H), array(y), array(kept))
+        matrix = packed(R.transpose(0, 1).reshape(H, G * P, P))
+        inputs = (kind, array(matrix), array(first), initial, cuts, _rows(batch, H), array(y), array(kept))
         _backward(*inputs, *(array(z) for z in (dy, dstate, dp, dx)))
-        dR, dc = torch.empty_like(rows), y.new_empty(H, G * P)
-        _matrix_backward(array(dp), array(y), array(first[0]), cuts, array(dR), array(dc))
+        dR, dc = y.new_empty(H, G * P, P), y.new_empty(H, G * P)
+        size = block_size(G * P, H, 32)
+        _matrix_backward(array(dp), array(_before(y, first[0], reset)), size, array(dR), array(dc))
         dR = dR.view(H, G, P, P).transpose(0, 1).contiguous()
         dc = None if c is None else dc.view(H, G, P).transpose(0, 1).contiguous()
         dstates = [None if states[0] is None else d.clone() for d in dstate]
@@ -360,7 +345,7 @@ def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Calla
     def fake(x, R, c, *rest):
         batch, T, _, H, P = x.shape
         states = [x.new_empty(batch, H, P) for _ in range(S)]
-        return x.new_empty(batch, T, H, P), *states, x.new_empty(batch if rest[-1] else 0, T, keeps, H, P)
+        return x.new_empty(batch, T, H, P), *states, x.new_empty(batch if rest[-1] else 0, T, H, keeps, P)
 
     states = ", ".join(f"Tensor? s{i}" for i in range(S))
     schema = f"Tensor x, Tensor R, Tensor? c, {states}, Tensor? reset"

@@ -1,9 +1,9 @@
-"""The short convolution on a CPU: one sweep over time, channels across vector lanes, W rows of inputs in the L1 cache."""
+"""The short convolution on a CPU: one sweep over time, channels across vector lanes, W rows of inputs in the
+L1 cache."""
 
 from __future__ import annotations
 
 import numba
-import numpy as np
 import torch
 from torch import Tensor
 

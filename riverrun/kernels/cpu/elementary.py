@@ -1,11 +1,13 @@
-"""Exponential functions that compile to vector instructions; a call to the C library would run them one at a time.
+"""Exponential functions that compile to vector instructions; a call to the C library would run them one at a
+time.
 
     exp(x) = 2ⁿ (1 + u),  n = round(x / ln 2),  r = x - n ln 2 in two parts,  u = e^r - 1 = r + r² q(r)
     expm1, tanh, sigmoid from the same n and u;  log1p(y) = 2 artanh(y / (2 + y)) for 0 ≤ y ≤ 1
 
-q and the series of artanh are interpolated at Chebyshev points: 1 + u is wrong by 2⁻²⁶ in float32 and 2⁻⁶¹ in float64,
-so that results are within 3 units in the last place over the whole range: exp(-inf) = 0, small results are denormal,
-large ones inf, NaN stays NaN. exp(0) = 1 and tanh(0) = 0 hold exactly. (σ is 0 where its value would be denormal.)
+q and the series of artanh are interpolated at Chebyshev points: 1 + u is wrong by 2⁻²⁶ in float32 and 2⁻⁶¹ in
+float64, so that results are within 3 units in the last place over the whole range: exp(-inf) = 0, small
+results are denormal, large ones inf, NaN stays NaN. exp(0) = 1 and tanh(0) = 0 hold exactly. (σ is 0 where
+its value would be denormal.)
 """
 
 from __future__ import annotations

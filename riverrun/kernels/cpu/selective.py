@@ -1,7 +1,8 @@
-"""The selective state space on a CPU: channels across vector lanes, states in the L1 cache, T × E × N never stored.
+"""The selective state space on a CPU: channels across vector lanes, states in the L1 cache, T × E × N never
+stored.
 
-Forward keeps the states of every `EVERY`-th step. Backward recomputes the steps between from them, a stretch at a time,
-and sums dB and dC over blocks of channels and dA over the batch in a fixed order.
+Forward keeps the states of every `EVERY`-th step. Backward recomputes the steps between from them, a stretch
+at a time, and sums dB and dC over blocks of channels and dA over the batch in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,92 +24,102 @@ EVERY = 16  # steps from one saved state to the next
 
 @parallel
 def _forward(x, dt, A, B, C, state, reset, size, y, last, saved):
-    """A (N, E), state and last (B, N, E), saved (B, T / EVERY, N, E) or empty: the states before every EVERY-th step."""
+    """A (N, E), state and last (B, N, E); saved (B, T / EVERY, N, E) or empty: the state before every so many
+    steps."""
     batch, T, E = x.shape
     N = A.shape[0]
     blocks = (E + size - 1) // size
     for task in numba.prange(batch * blocks):
         i, lo = task // blocks, task % blocks * size
-        width = min(size, E - lo)
-        h, rate, write = np.empty((N, width), x.dtype), np.empty((N, width), x.dtype), np.empty(width, x.dtype)
+        hi = min(lo + size, E)
+        h, rate = np.empty((N, hi - lo), x.dtype), np.empty((N, hi - lo), x.dtype)
+        write = np.empty(hi - lo, x.dtype)
         for n in range(N):
-            for e in range(width):
-                h[n, e], rate[n, e] = state[i, n, lo + e], A[n, lo + e]
+            h[n], rate[n] = state[i, n, lo:hi], A[n, lo:hi]
         for t in range(T):
             if reset.shape[0] and reset[i, t]:
-                h[:] = 0
+                for n in range(N):
+                    h[n] = 0
             if saved.shape[0] and t % EVERY == 0:
-                saved[i, t // EVERY, :, lo : lo + width] = h
-            for e in range(width):
-                write[e] = dt[i, t, lo + e] * x[i, t, lo + e]
-                y[i, t, lo + e] = 0
+                for n in range(N):
+                    saved[i, t // EVERY, n, lo:hi] = h[n]
+            # rows as vectors of their own: indexed as matrices, the loops below would not be vectorised
+            x_t, dt_t, y_t = x[i, t, lo:hi], dt[i, t, lo:hi], y[i, t, lo:hi]
+            for e in range(hi - lo):
+                write[e] = dt_t[e] * x_t[e]
+                y_t[e] = 0
             for n in range(N):
-                b, c = B[i, t, n], C[i, t, n]
-                for e in range(width):
-                    h[n, e] = exp(dt[i, t, lo + e] * rate[n, e]) * h[n, e] + write[e] * b
-                    y[i, t, lo + e] += c * h[n, e]
-        last[i, :, lo : lo + width] = h
+                b, c, h_n, rate_n = B[i, t, n], C[i, t, n], h[n], rate[n]
+                for e in range(hi - lo):
+                    h_n[e] = exp(dt_t[e] * rate_n[e]) * h_n[e] + write[e] * b
+                    y_t[e] += c * h_n[e]
+        for n in range(N):
+            last[i, n, lo:hi] = h[n]
 
 
 @parallel
 def _backward(x, dt, A, B, C, reset, size, saved, dy, dh, dx, ddt, dA, dB, dC):
-    """dh (B, N, E) enters as the gradient of the last state and leaves as that of the first; dA (B, N, E) and dB, dC
-    (blocks, B, T, N) are the parts of one row and one block of channels."""
+    """dh (B, N, E) enters as the gradient of the last state and leaves as that of the first; dA (B, N, E) and
+    dB, dC (blocks, B, T, N) are the parts of one row and one block of channels."""
     batch, T, E = x.shape
     N = A.shape[0]
     blocks = (E + size - 1) // size
     for task in numba.prange(batch * blocks):
         i, block = task // blocks, task % blocks
         lo = block * size
-        width = min(size, E - lo)
-        h = np.empty((EVERY + 1, N, width), x.dtype)  # before and after every step of a stretch
-        decay = np.empty((EVERY, N, width), x.dtype)
-        write, dwrite, d = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-        rate, drate, g = np.empty((N, width), x.dtype), np.zeros((N, width), x.dtype), np.empty((N, width), x.dtype)
+        hi = min(lo + size, E)
+        h = np.empty((EVERY + 1, N, hi - lo), x.dtype)  # before and after every step of a stretch
+        decay = np.empty((EVERY, N, hi - lo), x.dtype)
+        rate, drate = np.empty((N, hi - lo), x.dtype), np.zeros((N, hi - lo), x.dtype)
+        g, write = np.empty((N, hi - lo), x.dtype), np.empty(hi - lo, x.dtype)
+        dwrite, d = np.empty(hi - lo, x.dtype), np.empty(hi - lo, x.dtype)
         for n in range(N):
-            for e in range(width):
-                rate[n, e], g[n, e] = A[n, lo + e], dh[i, n, lo + e]
+            rate[n], g[n] = A[n, lo:hi], dh[i, n, lo:hi]
         for start in range((T - 1) // EVERY * EVERY, -1, -EVERY):
             stop = min(start + EVERY, T)
-            h[0] = saved[i, start // EVERY, :, lo : lo + width]
+            for n in range(N):
+                h[0, n] = saved[i, start // EVERY, n, lo:hi]
             for t in range(start, stop):
                 cut = reset.shape[0] > 0 and reset[i, t]
-                j = t - start
-                for e in range(width):
-                    write[e] = dt[i, t, lo + e] * x[i, t, lo + e]
+                x_t, dt_t = x[i, t, lo:hi], dt[i, t, lo:hi]
+                for e in range(hi - lo):
+                    write[e] = dt_t[e] * x_t[e]
                 for n in range(N):
-                    b = B[i, t, n]
+                    b, rate_n, decay_n = B[i, t, n], rate[n], decay[t - start, n]
+                    before, after = h[t - start, n], h[t - start + 1, n]
+                    for e in range(hi - lo):
+                        decay_n[e] = exp(dt_t[e] * rate_n[e])
                     if cut:  # a decay of 0 forgets, and passes no gradient on
-                        for e in range(width):
-                            decay[j, n, e] = 0
-                            h[j + 1, n, e] = write[e] * b
-                    else:
-                        for e in range(width):
-                            decay[j, n, e] = exp(dt[i, t, lo + e] * rate[n, e])
-                            h[j + 1, n, e] = decay[j, n, e] * h[j, n, e] + write[e] * b
+                        decay_n[:] = 0
+                    for e in range(hi - lo):
+                        after[e] = decay_n[e] * before[e] + write[e] * b
             for t in range(stop - 1, start - 1, -1):
-                j = t - start
-                for e in range(width):
-                    write[e] = dt[i, t, lo + e] * x[i, t, lo + e]
+                x_t, dt_t, dy_t = x[i, t, lo:hi], dt[i, t, lo:hi], dy[i, t, lo:hi]
+                dx_t, ddt_t = dx[i, t, lo:hi], ddt[i, t, lo:hi]
+                for e in range(hi - lo):
+                    write[e] = dt_t[e] * x_t[e]
                     dwrite[e] = 0
                     d[e] = 0
                 for n in range(N):
-                    b, c = B[i, t, n], C[i, t, n]
+                    b, c, g_n, decay_n = B[i, t, n], C[i, t, n], g[n], decay[t - start, n]
+                    before, after, rate_n, drate_n = h[t - start, n], h[t - start + 1, n], rate[n], drate[n]
                     db = dc = 0 * b
-                    for e in range(width):
-                        dc += dy[i, t, lo + e] * h[j + 1, n, e]
-                        g[n, e] += dy[i, t, lo + e] * c
-                        db += g[n, e] * write[e]
-                        dwrite[e] += g[n, e] * b
-                        g[n, e] *= decay[j, n, e]
-                        d[e] += g[n, e] * h[j, n, e] * rate[n, e]
-                        drate[n, e] += g[n, e] * h[j, n, e] * dt[i, t, lo + e]
+                    for e in range(hi - lo):
+                        dc += dy_t[e] * after[e]
+                        g_e = g_n[e] + dy_t[e] * c
+                        db += g_e * write[e]
+                        dwrite[e] += g_e * b
+                        g_n[e] = g_e * decay_n[e]
+                    for e in range(hi - lo):
+                        k = g_n[e] * before[e]
+                        d[e] += k * rate_n[e]
+                        drate_n[e] += k * dt_t[e]
                     dB[block, i, t, n], dC[block, i, t, n] = db, dc
-                for e in range(width):
-                    dx[i, t, lo + e] = dwrite[e] * dt[i, t, lo + e]
-                    ddt[i, t, lo + e] = dwrite[e] * x[i, t, lo + e] + d[e]
-        dh[i, :, lo : lo + width] = g
-        dA[i, :, lo : lo + width] = drate
+                for e in range(hi - lo):
+                    dx_t[e] = dwrite[e] * dt_t[e]
+                    ddt_t[e] = dwrite[e] * x_t[e] + d[e]
+        for n in range(N):
+            dh[i, n, lo:hi], dA[i, n, lo:hi] = g[n], drate[n]
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -131,7 +142,7 @@ def _run(x, dt, A, B, C, state, reset, save):
 def _run_backward(x, dt, A, B, C, state, reset, y, last, saved, dy, dh):
     use_threads()
     x, dt, B, C, reset = (z if z is None else z.contiguous() for z in (x, dt, B, C, reset))
-    batch, T, E = x.shape
+    batch, _, E = x.shape
     size = block_size(E, batch, BLOCK)
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dh = x.new_zeros(batch, A.shape[1], E) if dh is None else _transposed(dh)

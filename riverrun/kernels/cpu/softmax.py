@@ -1,8 +1,9 @@
-"""Softmax attention as a recurrence on a CPU: weights for all times first, then one sweep with V across vector lanes.
+"""Softmax attention as a recurrence on a CPU: weights for all times first, then one sweep with V across
+vector lanes.
 
-The weights u = e^{m' - m} (of the past) and w = e^{s - m} (of the new value) need only s; what is left is the diagonal
-recurrences c = u c + w and a = u a + w v, and backward the same in reverse. y does not depend on the maximum m, so only
-the gradient of the final state reaches it, and goes to the largest score.
+The weights u = e^{m' - m} (of the past) and w = e^{s - m} (of the new value) need only s; what is left is the
+diagonal recurrences c = u c + w and a = u a + w v, and backward the same in reverse. y does not depend on the
+maximum m, so only the gradient of the final state reaches it, and goes to the largest score.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def _forward(v, u, w, cs, a, y, size):
 
 @parallel
 def _backward(v, u, w, cs, y, dy, dc, da, dv, ds, size):
-    """dc (blocks, B, H) and da (B, H, V) enter as the gradient of the last state, all of dc in its first part, and leave
-    as that of the first. ds (blocks, B, T, H) are the parts of one block of values."""
+    """dc (blocks, B, H) and da (B, H, V) enter as the gradient of the last state, all of dc in its first
+    part, and leave as that of the first. ds (blocks, B, T, H) are the parts of one block of values."""
     batch, T, H, V = v.shape
     blocks = (V + size - 1) // size
     for task in numba.prange(batch * H * blocks):
@@ -82,7 +83,8 @@ def _backward(v, u, w, cs, y, dy, dc, da, dv, ds, size):
 
 @parallel
 def _maximum_backward(s, m0, ms, reset, dm, ds):
-    """Hand dm (B, H), the gradient of the last maximum, to the largest score; what reaches the first state stays in dm."""
+    """Hand dm (B, H), the gradient of the last maximum, to the largest score; what reaches the first state
+    stays in dm."""
     batch, T, H = s.shape
     for i in numba.prange(batch):
         for h in range(H):
@@ -145,9 +147,8 @@ def _run_backward(s, v, m0, c0, a0, reset, y, m, c, a, u, w, ms, cs, dy, dm, dc,
 
 
 def _fake(s, v, m, c, a, reset, save):
-    like = lambda x: torch.empty_like(x, memory_format=torch.contiguous_format)
-    state = [like(x[:, 0]) for x in (s, s, v)]
-    return like(v), *state, *(like(s) for _ in range(4))
+    state = [x.new_empty(x[:, 0].shape) for x in (s, s, v)]
+    return v.new_empty(v.shape), *state, *(s.new_empty(s.shape) for _ in range(4))
 
 
 _softmax = define(

@@ -10,11 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from . import cells, conv, scan, selective, softmax
+from . import cells, conv, matrix, scan, selective, softmax
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "diagonal": scan.diagonal,
     "selective": selective.selective,
+    "outer": matrix.outer,
+    "mlstm": matrix.mlstm,
+    "delta": matrix.delta,
+    "dplr": matrix.dplr,
     "softmax": softmax.softmax,
     "short_conv": conv.short_conv,
     "elman": cells.elman,

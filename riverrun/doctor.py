@@ -64,7 +64,7 @@ DTYPES = {
 }
 ODD = Size(K=19, V=21, D=37, N=5, P=11)
 EVEN = Size(T=200, H=2, G=1, K=64, V=64, D=128, N=16, P=64)
-LONG = Size(B=1, T=3000, H=1, V=4, D=8)
+LONG = Size(B=1, T=5000, H=1, V=4, D=8)
 LONG_OPS = ("diagonal", "selective", "softmax")  # whose kernels cut time in pieces when it is long
 
 
@@ -184,7 +184,8 @@ def definition(op: Op, case: Case, dtype: torch.dtype):
     if op.name in MAXIMA:
         index, exponents = MAXIMA[op.name]
         maximum = f"gradient of state {index}"
-        scales[maximum] = max(scales[maximum], scales[f"gradient of {exponents}"])
+        if maximum in scales:
+            scales[maximum] = max(scales[maximum], scales[f"gradient of {exponents}"])
     for what, scale in scales.items():
         if what.startswith("gradient") and scale < UNIT[wide] * largest:
             scales[what] = largest

@@ -1,15 +1,28 @@
-"""Triton kernels: chunked forms on tensor cores, and single-step kernels for decoding. Importing compiles nothing."""
+"""Triton kernels: chunks on tensor cores, scans in registers, single steps for decoding. Importing compiles nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-KERNELS: dict[str, Callable[..., Any]] = {}
+from . import cells, scan
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "diagonal": scan.diagonal,
+    "elman": cells.elman,
+    "lstm": cells.lstm,
+    "gru": cells.gru,
+    "slstm": cells.slstm,
+}
 
 
 def refuses(name: str, args: tuple[Tensor | None, ...]) -> str | None:
     """Why the kernel of op `name` cannot run these arguments, or None."""
+    if any(x is not None and x.dtype in (torch.float64, torch.complex128) for x in args):
+        return "it computes in float32, and an argument is float64"
+    if name in cells.GATES:
+        return cells.refuses(args[0], args[1])
     return None

@@ -1,0 +1,255 @@
+"""Diagonal recurrences on a GPU: h_t = a_t h_{t-1} + b_t and its gradients, real or complex. See `tiles`.
+
+A program takes one sequence's block of channels and streams tiles of time, the next tile in flight while this
+one is swept. Where channels are too few to fill the chip and time is long, time is cut in pieces as well: a
+first pass writes every piece's (product of a, end from zero), a second starts each piece from those of the
+pieces before it.
+
+    backward    g_t = dy_t + ā_{t+1} g_{t+1}        db_t = g_t        da_t = g_t h̄_{t-1}
+    dh_0 = ā_1 g_1
+
+runs the same tiles against time. All of it reads a, b (a, y, dy) once and writes y (da, db) once: the floor
+is bandwidth. h_{t-1} is read from y, so in half precision da carries y's rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from riverrun.kernels.library import define
+
+from .launch import DEVICE
+from .tiles import flags, flat, shape, sweep, sweep_complex
+
+
+@triton.jit
+def _get(x, base, at, inside, other, COMPLEX: tl.constexpr):
+    """Real and imaginary parts of x[base + at] in float32; `base` is a scalar of 64 bits."""
+    if COMPLEX:
+        pair = tl.arange(0, 2)
+        at, inside = tl.expand_dims(at * 2, -1) + pair, tl.expand_dims(inside, -1)
+        filler = tl.where(pair == 0, other, 0.0)
+        re, im = tl.split(
+            tl.where(inside, tl.load(x + base * 2 + at, mask=inside, other=0.0).to(tl.float32), filler)
+        )
+    else:
+        re = tl.load(x + base + at, mask=inside, other=other).to(tl.float32)
+        im = re
+    return re, im
+
+
+@triton.jit
+def _put(x, base, at, inside, re, im, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        at, inside = tl.expand_dims(at * 2, -1) + tl.arange(0, 2), tl.expand_dims(inside, -1)
+        tl.store(x + base * 2 + at, tl.join(re, im).to(x.dtype.element_ty), mask=inside)
+    else:
+        tl.store(x + base + at, re.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tile_sweep(ar, ai, br, bi, hr, hi, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        yr, yi, hr, hi, pr, pi = sweep_complex(ar, ai, br, bi, hr, hi)
+    else:
+        yr, hr, pr = sweep(ar, br, hr)
+        yi, hi, pi = yr, hr, pr
+    return yr, yi, hr, hi, pr, pi
+
+
+@triton.jit
+def _times(ar, ai, br, bi, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        re, im = ar * br - ai * bi, ar * bi + ai * br
+    else:
+        re = ar * br
+        im = re
+    return re, im
+
+
+@triton.jit
+def _enter(start, ends, row, piece, pieces, c, D, COMPLEX: tl.constexpr):
+    """The state before this piece: `start` (B, D) carried through the (product, end) pairs of the pieces
+    before it."""
+    inside = c < D
+    hr, hi = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
+    if start is not None:
+        hr, hi = _get(start, row * D, c, inside, 0.0, COMPLEX)
+    if ends is not None:
+        for j in range(0, piece):
+            base = (row * pieces + j) * 2 * D
+            pr, pi = _get(ends, base, c, inside, 0.0, COMPLEX)
+            er, ei = _get(ends, base + D, c, inside, 0.0, COMPLEX)
+            hr, hi = _times(pr, pi, hr, hi, COMPLEX)
+            hr, hi = hr + er, hi + ei
+    return hr, hi
+
+
+@triton.jit
+def _forward(
+    a, b, start, reset, ends, y, final, T, D, LENGTH,
+    S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel blocks, B, pieces of LENGTH steps). SUMMARY writes (product, end) to `ends` and no y."""
+    c, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1).to(tl.int64)
+    piece, pieces = tl.program_id(2), tl.num_programs(2)
+    # in the tile's own order, so that the steps of a segment lie in one thread
+    t = tl.arange(0, S)[:, None] * L + tl.arange(0, L)[None, :]
+    begin = piece * LENGTH
+    end = tl.minimum(T, begin + LENGTH)
+    base = (row * T + begin) * D
+    at, here = t[:, :, None] * D + c[None, None, :], (c < D)[None, None, :]
+    hr, hi = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    pr, pi = tl.full([C], 1.0, tl.float32), tl.zeros([C], tl.float32)
+    if not SUMMARY:
+        hr, hi = _enter(start, ends, row, piece, pieces, c, D, COMPLEX)
+    inside = (begin + t < end)[:, :, None] & here
+    ar, ai = _get(a, base, at, inside, 1.0, COMPLEX)
+    br, bi = _get(b, base, at, inside, 0.0, COMPLEX)
+    for t0 in range(begin, end, S * L):
+        if reset is not None:
+            cut = flags(reset, row * T + t0 + t, t0 + t < end)[:, :, None]
+            ar, ai = tl.where(cut, 0.0, ar), tl.where(cut, 0.0, ai)
+        later = base + S * L * D
+        ahead = (t0 + S * L + t < end)[:, :, None] & here
+        next_ar, next_ai = _get(a, later, at, ahead, 1.0, COMPLEX)
+        next_br, next_bi = _get(b, later, at, ahead, 0.0, COMPLEX)
+        yr, yi, hr, hi, tr, ti = _tile_sweep(ar, ai, br, bi, hr, hi, COMPLEX)
+        if SUMMARY:
+            pr, pi = _times(tr, ti, pr, pi, COMPLEX)
+        else:
+            _put(y, base, at, (t0 + t < end)[:, :, None] & here, yr, yi, COMPLEX)
+        base = later
+        ar, ai, br, bi = next_ar, next_ai, next_br, next_bi
+    if SUMMARY:
+        out = (row * pieces + piece) * 2 * D
+        _put(ends, out, c, c < D, pr, pi, COMPLEX)
+        _put(ends, out + D, c, c < D, hr, hi, COMPLEX)
+    elif piece == pieces - 1:
+        _put(final, row * D, c, c < D, hr, hi, COMPLEX)
+
+
+@triton.jit
+def _backward(
+    a, y, start, reset, ends, dy, dfinal, da, db, dstart, T, D, LENGTH,
+    S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """As `_forward`, with u = T - 1 - t for time: the decay into step u is ā_{t+1}, and what enters is
+    dy_t."""
+    c, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1).to(tl.int64)
+    piece, pieces = tl.program_id(2), tl.num_programs(2)
+    u = tl.arange(0, S)[:, None] * L + tl.arange(0, L)[None, :]
+    here = (c < D)[None, None, :]
+    begin = piece * LENGTH
+    end = tl.minimum(T, begin + LENGTH)
+    gr, gi = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    pr, pi = tl.full([C], 1.0, tl.float32), tl.zeros([C], tl.float32)
+    if not SUMMARY:
+        gr, gi = _enter(dfinal, ends, row, piece, pieces, c, D, COMPLEX)
+    for u0 in range(begin, end, S * L):
+        t = T - 1 - (u0 + u)
+        live = u0 + u < end
+        inside = live[:, :, None] & here
+        base = (row * T + T - 1 - u0) * D
+        at = c[None, None, :] - u[:, :, None] * D
+        after = inside & (t < T - 1)[:, :, None]
+        ar, ai = _get(a, base + D, at, after, 1.0, COMPLEX)
+        dr, di = _get(dy, base, at, inside, 0.0, COMPLEX)
+        if not SUMMARY:
+            before = inside & (t > 0)[:, :, None]
+            hr, hi = _get(y, base - D, at, before, 0.0, COMPLEX)
+            if start is not None:
+                sr, si = _get(start, row * D, c, c < D, 0.0, COMPLEX)
+                first = (live & (t == 0))[:, :, None]
+                hr, hi = tl.where(first, sr[None, None, :], hr), tl.where(first, si[None, None, :], hi)
+        if reset is not None:
+            cut = flags(reset, row * T + t + 1, live & (t < T - 1))[:, :, None]
+            ar, ai = tl.where(cut, 0.0, ar), tl.where(cut, 0.0, ai)
+        xr, xi, gr, gi, tr, ti = _tile_sweep(ar, -ai, dr, di, gr, gi, COMPLEX)
+        if SUMMARY:
+            pr, pi = _times(tr, ti, pr, pi, COMPLEX)
+        else:
+            _put(db, base, at, inside, xr, xi, COMPLEX)
+            if reset is not None:
+                cut = flags(reset, row * T + t, live)[:, :, None]
+                hr, hi = tl.where(cut, 0.0, hr), tl.where(cut, 0.0, hi)
+            xr, xi = _times(xr, xi, hr, -hi, COMPLEX)
+            _put(da, base, at, inside, xr, xi, COMPLEX)
+    if SUMMARY:
+        out = (row * pieces + piece) * 2 * D
+        _put(ends, out, c, c < D, pr, pi, COMPLEX)
+        _put(ends, out + D, c, c < D, gr, gi, COMPLEX)
+    elif dstart is not None and piece == pieces - 1:
+        ar, ai = _get(a, row * T * D, c, c < D, 0.0, COMPLEX)
+        if reset is not None:
+            kept = tl.where(tl.load(reset + row * T) != 0, 0.0, 1.0)
+            ar, ai = kept * ar, kept * ai
+        gr, gi = _times(ar, -ai, gr, gi, COMPLEX)
+        _put(dstart, row * D, c, c < D, gr, gi, COMPLEX)
+
+
+def _plan(b: Tensor):
+    """Tile, grid, steps a piece and room for the pieces' ends."""
+    B, T, D = b.shape
+    size = b.element_size() // (2 if b.is_complex() else 1)
+    S, L, C, warps = shape(T, D, 4 if b.is_complex() else size, B, registers=4 if b.is_complex() else 8)
+    blocks = triton.cdiv(D, C)
+    # a piece is worth a second reading of a and b when most of the chip would stand idle
+    pieces = max(1, min(32, 256 // (B * blocks), T // (2 * S * L)))
+    length = triton.cdiv(triton.cdiv(T, pieces), S * L) * S * L
+    pieces = triton.cdiv(T, length)
+    wide = torch.complex64 if b.is_complex() else torch.float32
+    ends = b.new_empty(B, pieces, 2, D, dtype=wide) if pieces > 1 else None
+    tile = {"S": S, "L": L, "C": C, "COMPLEX": b.is_complex(), "num_warps": warps}
+    return (blocks, B, pieces), length, ends, tile
+
+
+def _launch(kernel, grid, ends, tensors: tuple, out: tuple, sizes: tuple, tile: dict) -> None:
+    if ends is not None:
+        kernel[grid](*tensors, *out, *sizes, **tile, SUMMARY=True)
+    kernel[grid](*tensors, *out, *sizes, **tile, SUMMARY=False)
+
+
+def _run(a, b, state, reset, save):
+    B, T, D = b.shape
+    y, final = _fake(a, b, state, reset, save)
+    grid, length, ends, tile = _plan(b)
+    tensors = tuple(flat(x) for x in (a, b, state, reset, ends))
+    _launch(_forward, grid, ends, tensors, (flat(y), flat(final)), (T, D, length), tile)
+    return y, final
+
+
+def _run_backward(a, b, state, reset, y, h, dy, dh):
+    B, T, D = b.shape
+    dy = torch.zeros_like(y) if dy is None else dy
+    grid, length, ends, tile = _plan(b)
+    da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))
+    dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+    tensors = tuple(flat(x) for x in (a, y, state, reset, ends, dy, dh))
+    _launch(_backward, grid, ends, tensors, tuple(flat(x) for x in (da, db, dstate)), (T, D, length), tile)
+    return da, db, dstate, None
+
+
+def _fake(a, b, state, reset, save):
+    wide = torch.complex64 if b.is_complex() else torch.float32
+    y = torch.empty_like(b, memory_format=torch.contiguous_format)
+    return y, b.new_empty(b.shape[0], b.shape[2], dtype=wide)
+
+
+_diagonal = define(
+    "diagonal_gpu", "Tensor a, Tensor b, Tensor? state, Tensor? reset", 2, 0, DEVICE, _run, _run_backward,
+    _fake
+)  # fmt: skip
+
+
+def diagonal(
+    a: Tensor, b: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if a.is_complex() or b.is_complex():
+        a, b = a.to(torch.complex64), b.to(torch.complex64)
+        state = None if state is None else state.to(torch.complex64)
+    y, h = _diagonal(a, b, state, reset)
+    return y, h

@@ -1,0 +1,119 @@
+"""Linear recurrences h_t = a_t h_{t-1} + b_t on tiles of S segments of L steps of C channels, in float32
+registers.
+
+A tile is indexed [segment, step, channel] and its time is segment · L + step. Triton spreads threads over
+channels, then segments, and keeps the steps of one segment in one thread: the scan over steps is L
+multiply-adds, and only one pair a segment is exchanged between threads. A carry (C) links one tile with the
+next.
+
+Complex numbers travel as two tensors; where COMPLEX is false the second is the first and nobody reads it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+THREADS = 128
+
+
+@triton.jit
+def _join(a1, b1, a2, b2):
+    return a2 * a1, a2 * b1 + b2
+
+
+@triton.jit
+def _join_complex(ar1, ai1, br1, bi1, ar2, ai2, br2, bi2):
+    return (
+        ar2 * ar1 - ai2 * ai1,
+        ar2 * ai1 + ai2 * ar1,
+        ar2 * br1 - ai2 * bi1 + br2,
+        ar2 * bi1 + ai2 * br1 + bi2,
+    )
+
+
+@triton.jit
+def _join_before(a1, b1, p1, q1, a2, b2, p2, q2):
+    """(a, b) as `_join`; (p, q) is all but the last element."""
+    return a2 * a1, a2 * b1 + b2, p2 * a1, p2 * b1 + q2
+
+
+@triton.jit
+def _join_before_complex(
+    ar1, ai1, br1, bi1, pr1, pi1, qr1, qi1, ar2, ai2, br2, bi2, pr2, pi2, qr2, qi2
+):  # fmt: skip
+    ar, ai, br, bi = _join_complex(ar1, ai1, br1, bi1, ar2, ai2, br2, bi2)
+    pr, pi, qr, qi = _join_complex(ar1, ai1, br1, bi1, pr2, pi2, qr2, qi2)
+    return ar, ai, br, bi, pr, pi, qr, qi
+
+
+@triton.jit
+def last(x, AXIS: tl.constexpr):
+    """The last entry along axis 1 of (S, L, C) or axis 0 of (S, C)."""
+    if AXIS == 1:
+        i = tl.arange(0, x.shape[1])[None, :, None]
+    else:
+        i = tl.arange(0, x.shape[0])[:, None]
+    return tl.sum(tl.where(i == x.shape[AXIS] - 1, x, 0.0), AXIS)
+
+
+@triton.jit
+def sweep(a, b, carry):
+    """All h of a tile that begins from `carry` (C), the last of them (C), and the product of all a (C)."""
+    inner_a, inner_b = tl.associative_scan((a, b), 1, _join)
+    seg_a, seg_b = last(inner_a, 1), last(inner_b, 1)
+    one, zero = tl.full(seg_a.shape, 1.0, tl.float32), tl.zeros(seg_a.shape, tl.float32)
+    through_a, through_b, before_a, before_b = tl.associative_scan((seg_a, seg_b, one, zero), 0, _join_before)
+    enter = before_a * carry[None, :] + before_b
+    total = last(through_a, 0)
+    return inner_a * enter[:, None, :] + inner_b, total * carry + last(through_b, 0), total
+
+
+@triton.jit
+def sweep_complex(ar, ai, br, bi, cr, ci):
+    """`sweep` on real and imaginary parts: h, carry and product, each as two tensors."""
+    iar, iai, ibr, ibi = tl.associative_scan((ar, ai, br, bi), 1, _join_complex)
+    sar, sai, sbr, sbi = last(iar, 1), last(iai, 1), last(ibr, 1), last(ibi, 1)
+    one, zero = tl.full(sar.shape, 1.0, tl.float32), tl.zeros(sar.shape, tl.float32)
+    tar, tai, tbr, tbi, par, pai, pbr, pbi = tl.associative_scan(
+        (sar, sai, sbr, sbi, one, zero, zero, zero), 0, _join_before_complex
+    )
+    er = (par * cr[None, :] - pai * ci[None, :] + pbr)[:, None, :]
+    ei = (par * ci[None, :] + pai * cr[None, :] + pbi)[:, None, :]
+    hr, hi = iar * er - iai * ei + ibr, iar * ei + iai * er + ibi
+    ar, ai = last(tar, 0), last(tai, 0)
+    return hr, hi, ar * cr - ai * ci + last(tbr, 0), ar * ci + ai * cr + last(tbi, 0), ar, ai
+
+
+@triton.jit
+def flags(reset, at, inside):
+    """reset (uint8) at these times, false where not inside."""
+    return tl.load(reset + at, mask=inside, other=0) != 0
+
+
+def shape(T: int, channels: int, itemsize: int, batch: int, widest: int = 64, registers: int = 8):
+    """(S, L, C, warps) by rule: 16-byte loads, whole sectors, and programs enough to fill the chip.
+
+    `registers` is the number of steps a thread holds of 4-byte channels.
+    """
+    vector = 16 // itemsize
+    C = min(widest, max(triton.next_power_of_2(channels), 2))
+    narrowest = max(64 // itemsize, 1)  # two sectors
+    while C > narrowest and batch * triton.cdiv(channels, C) < 200:
+        C //= 2
+    warps = 8 if batch * triton.cdiv(channels, C) < 200 else 4
+    steps = triton.next_power_of_2(T)
+    S = max(1, min(warps * 32 * vector // C, steps))
+    L = max(1, min(registers * itemsize // 4, steps // S))
+    while warps > 1 and S * L * C <= warps * 16:
+        warps //= 2
+    return S, L, C, warps
+
+
+def flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Contiguous; complex numbers as pairs in a last axis, flags as bytes."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    if x.dtype == torch.bool:
+        return x.view(torch.uint8)
+    return torch.view_as_real(x) if x.is_complex() else x

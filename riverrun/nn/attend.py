@@ -7,8 +7,8 @@
     starts, negative when that is forgotten; how far the memory behind kv is taken
 
 Without gradients a step is appended in place. kv is then a view of a longer buffer, and all states on it
-share `filled`: only a state that ends there may write on, any other copies. So an older state, or one state twice,
-can be continued as if nothing were ever overwritten. With gradients, and in compiled code, nothing is.
+share `filled`: only a state that ends there may write on, any other copies. So an older state, or one state
+twice, can be continued as if nothing were ever overwritten. With gradients, and compiled, nothing is.
 Sources: Vaswani et al. 2017 (arXiv:1706.03762) eq. 1; the window, Beltagy et al. 2020 (arXiv:2004.05150).
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from riverrun.state import describe
+from riverrun.state import State, describe
 
 from .rotary import positions, rotate
 
@@ -29,7 +29,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Cache | tuple[None, None, None],
+    state: State,
     reset: Tensor | None = None,
     window: int | None = None,
     base: float = 10_000.0,
@@ -56,11 +56,11 @@ def attend(
     return torch.cat(ys, 1), (last, first[:, -1] - T, filled)
 
 
-def begin(k: Tensor, window: int | None) -> tuple[Tensor, Tensor, None]:
+def begin(k: Tensor, window: int | None) -> Cache:
     """Nothing; in a window zeros that nobody sees, so that its size never changes."""
     B, _, G, K = k.shape
     n = 0 if window is None else window - 1
-    return k.new_zeros(B, 2 * G, n, K), torch.full((B,), n, device=k.device), None
+    return k.new_zeros(B, 2 * G, n, K), torch.full((B,), n, device=k.device), torch.full((B,), -1)
 
 
 def checked(state: Cache, k: Tensor, window: int | None) -> Cache:
@@ -90,7 +90,7 @@ def read(q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
     return y.transpose(1, 2)
 
 
-def append(past: Tensor, filled: Tensor | None, new: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+def append(past: Tensor, filled: Tensor, new: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """`new` behind `past`, and how far their memory is taken. A copy drops what is before every `start`."""
     n, T = past.shape[2], new.shape[2]
     compiling = torch.compiler.is_compiling()
@@ -109,11 +109,11 @@ def append(past: Tensor, filled: Tensor | None, new: Tensor, start: Tensor | Non
     return torch.cat([kv, torch.empty_like(kv)], 2)[:, :, : kv.shape[2]], filled
 
 
-def behind(x: Tensor, filled: Tensor | None, steps: int) -> tuple[Tensor, int] | None:
+def behind(x: Tensor, filled: Tensor, steps: int) -> tuple[Tensor, int] | None:
     """The buffer that x (B, G, n, K) is a view of, and where x ends in it, if `steps` more may be written."""
     B, G, n, K = x.shape
     size = x.stride(1) // K
-    if filled is None or not n or not size or x.stride() != (G * size * K, size * K, K, 1):
+    if not n or not size or x.stride() != (G * size * K, size * K, K, 1):
         return None
     skipped = x.storage_offset() // K % size
     begin, end = x.storage_offset() - skipped * K, skipped + n

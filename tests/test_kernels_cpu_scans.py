@@ -1,0 +1,246 @@
+"""The compiled CPU kernels of the scans (diagonal, selective, softmax, short_conv) and of the exponentials
+under them."""
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from riverrun import ops
+from riverrun.kernels.cpu import elementary
+from riverrun.kernels.cpu.blocks import add_parts, block_size
+from riverrun.state import leaves, tree_map
+from riverrun.testing.inputs import FORMS, Size, make
+from riverrun.testing.tolerance import close, close_states
+
+SCANS = ("diagonal", "selective", "softmax", "short_conv")
+CASES = [(op, form) for op in SCANS for form in FORMS[op]]
+# 37 steps are past two saved states of the selective kernel; 150 and 200 channels need a last block that is
+# not full
+LENGTHS = (1, 7, 37)
+
+
+def run(case, impl):
+    """Output, final state and every gradient of a loss that reads both."""
+    args = [None if x is None else x.clone().requires_grad_() for x in case.args]
+    state = tree_map(lambda x: x.clone().requires_grad_(), case.state)
+    y, end = ops.OPS[case.op](*args, state=state, reset=case.reset, impl=impl)
+    weights = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=weights, dtype=torch.float64)).abs().square().sum()
+        for x in (y, *leaves(end))
+    )
+    wanted = [x for x in (*args, *leaves(state)) if x is not None]
+    return y, end, torch.autograd.grad(loss, wanted)
+
+
+def agree(case):
+    (y, end, grads), (y0, end0, grads0) = run(case, "cpu"), run(case, "sequential")
+    close(y, y0, "output")
+    close_states(end, end0, "final state")
+    for i, (a, b) in enumerate(zip(grads, grads0, strict=True)):
+        close(a, b, f"gradient {i}")
+
+
+@pytest.mark.parametrize("op, form", CASES)
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_equals_the_definition(op, form, T, state, reset):
+    agree(make(op, form, Size(T=T), state=state, reset=reset))
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_blocks_of_channels_add_up(op, form):
+    """More channels than one task takes, and a last block that is not full."""
+    agree(make(op, form, Size(B=1, T=5, D=150, V=150, H=1, N=3)))
+    agree(make(op, form, Size(B=3, T=5, D=200, V=200, H=3, N=1, W=1)))
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_extremes(op, form):
+    """Terms a hundred times as large cancel, some to nothing: gradients are measured against the largest of them."""
+    case = make(op, form, Size(T=37), extreme=True)
+    (y, end, grads), (y0, end0, grads0) = run(case, "cpu"), run(case, "sequential")
+    close(y, y0, "output")
+    close_states(end, end0, "final state")
+    largest = max(float(g.abs().max()) for g in grads0)
+    assert all(float((a - b).abs().max()) <= 1e-9 * largest for a, b in zip(grads, grads0, strict=True))
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_strides_do_not_matter(op, form):
+    case = make(op, form, Size(T=9))
+
+    def flip(x):
+        return x if x is None or x.dim() < 2 else x.mT.contiguous().mT
+
+    args = tuple(map(flip, case.args))
+    strided = replace(case, args=args, state=tree_map(flip, case.state), reset=flip(case.reset))
+    for a, b in zip(run(case, "cpu")[2], run(strided, "cpu")[2], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (9, 6), (2, 1, 6), (2, 9, 1)])
+def test_diagonal_takes_a_decay_that_is_the_same_everywhere(shape, state, reset):
+    """Learned decays come as one vector, expanded over the batch and time without memory of their own."""
+    case = make("diagonal", "real", Size(T=9), state=state, reset=reset)
+    a = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).expand(2, 9, 6)
+    agree(replace(case, args=(a, case.args[1])))
+    grads = []
+    for impl in ("cpu", "sequential"):
+        small = torch.full(shape, 0.5, dtype=torch.float64, requires_grad=True)
+        decay = small.expand(2, 9, 6)
+        y, _ = ops.diagonal(decay, case.args[1], state=case.state, reset=case.reset, impl=impl)
+        grads.append(torch.autograd.grad(y.square().sum(), small)[0])
+    close(*grads, "gradient of the vector")
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_gradcheck(op, form):
+    case = make(op, form, Size(B=1, T=4, H=1, V=2, D=2, N=2, W=3))
+    given = [x.clone().requires_grad_() for x in (*case.args, *leaves(case.state)) if x is not None]
+    some = [i for i, x in enumerate(case.args) if x is not None]
+
+    def f(*xs):
+        args = list(case.args)
+        for i, x in zip(some, xs, strict=False):
+            args[i] = x
+        rest = xs[len(some) :]
+        state = tuple(rest) if isinstance(case.state, tuple) else rest[0]
+        y, end = ops.OPS[op](*args, state=state, reset=case.reset, impl="cpu")
+        return y, *leaves(end)
+
+    assert torch.autograd.gradcheck(f, given)
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_second_derivatives_are_refused(op, form):
+    case = make(op, form, Size(T=3))
+    x = case.args[0].clone().requires_grad_()
+    y, _ = ops.OPS[op](x, *case.args[1:], impl="cpu")
+    (grad,) = torch.autograd.grad(y.abs().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.abs().sum(), x)
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_threads_do_not_change_a_bit(op, form):
+    case = make(op, form, Size(B=3, T=37, D=150, V=150)).to(torch.float32)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 1):
+            torch.set_num_threads(n)
+            y, end, grads = run(case, "cpu")
+            results.append([y, *leaves(end), *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, c in zip(*results, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_compiles_whole(op, form):
+    case = make(op, form, Size(T=5))
+
+    def f(args, state, reset):
+        return ops.OPS[op](*args, state=state, reset=reset, impl="cpu")
+
+    args = [None if x is None else x.clone().requires_grad_() for x in case.args]
+    given = [x for x in args if x is not None]
+    expected, _ = f(args, case.state, case.reset)
+    y, _ = torch.compile(f, fullgraph=True, backend="aot_eager")(args, case.state, case.reset)
+    assert torch.equal(y, expected)
+    grads = [torch.autograd.grad(z.abs().square().sum(), given) for z in (y, expected)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_single_precision_is_single_precision(op, form):
+    """Three digits above float32's rounding: what 37 sums and an exponential may lose, and no wrong constant
+    may."""
+    case = make(op, form, Size(T=37))
+    y, end, grads = run(case.to(torch.float32), "cpu")
+    y0, end0, grads0 = run(case, "sequential")
+    for a, b in zip((y, *leaves(end), *grads), (y0, *leaves(end0), *grads0), strict=True):
+        assert a.dtype in (torch.float32, torch.complex64)
+        close(a.to(b.dtype), b, "float32", 1e-4)
+
+
+FUNCTIONS = {
+    "exp": math.exp,
+    "expm1": math.expm1,
+    "tanh": math.tanh,
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if x > -700 else math.exp(x),
+    "log_sigmoid": lambda x: min(x, 0.0) - math.log1p(math.exp(-abs(x))),
+}
+
+
+@cache
+def over_arrays(name):
+    f = getattr(elementary, name)
+
+    @numba.njit
+    def loop(x, y):
+        for i in range(x.shape[0]):
+            y[i] = f(x[i])
+
+    return loop
+
+
+def evaluate(name, x):
+    y = np.empty_like(x)
+    over_arrays(name)(x, y)
+    return y
+
+
+def points(name, lowest, dtype):
+    """The whole range down to where e^x is 0, the neighbourhood of 0, and 0; for expm1 what is ≤ 0."""
+    rng = np.random.default_rng(0)
+    small = -(10.0 ** -np.arange(0, 40, 0.1))
+    x = np.concatenate([rng.uniform(lowest, 0, 20000), rng.normal(0, 1, 5000), small, [0.0]]).astype(dtype)
+    if name == "sigmoid":  # documented: 0 where the value is denormal
+        return x[x > 0.95 * lowest * 0.88]
+    return x[x <= 0] if name == "expm1" else x
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("lowest, dtype, bound", [(-105, np.float32, 3), (-746, np.float64, 4)])
+def test_elementary_functions(name, lowest, dtype, bound):
+    """Against the C library in float64, in units in the last place, denormal results included; for float64
+    itself one unit more, which the C library may be wrong by."""
+    x = points(name, lowest, dtype)
+    true = np.array([FUNCTIONS[name](float(v)) for v in x])
+    ulp = np.abs(evaluate(name, x) - true) / np.spacing(np.abs(true).astype(dtype))
+    assert ulp.max() < bound, f"{ulp.max():.1f} units at {x[ulp.argmax()]}"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_elementary_functions_at_their_ends(dtype):
+    x = np.array([-np.inf, 0, np.inf, np.nan], dtype)
+    expected = {
+        "exp": [0, 1, np.inf, np.nan],
+        "tanh": [-1, 0, 1, np.nan],
+        "sigmoid": [0, 0.5, 1, np.nan],
+        "log_sigmoid": [-np.inf, -math.log(2), 0, np.nan],
+    }
+    for name, values in expected.items():
+        np.testing.assert_array_equal(evaluate(name, x), np.array(values, dtype), name)
+
+
+def test_blocks_depend_on_shapes_alone():
+    assert block_size(512, 4, 64) == 64
+    assert block_size(6, 1, 64) == 16
+    assert block_size(512, 1, 128) == 64, "one row alone still makes eight tasks"
+    parts = np.random.default_rng(0).normal(size=(3, 5000))
+    out = np.empty(5000)
+    add_parts(parts, out)
+    np.testing.assert_array_equal(out, parts[0] + parts[1] + parts[2])

@@ -63,7 +63,7 @@ def test_blocks_of_channels_add_up(op, form):
 
 @pytest.mark.parametrize("op, form", CASES)
 def test_extremes(op, form):
-    """Terms a hundred times as large cancel, some to nothing: gradients are measured against the largest of them."""
+    """Terms a hundred times as large cancel: gradients are measured against the largest of them."""
     case = make(op, form, Size(T=37), extreme=True)
     (y, end, grads), (y0, end0, grads0) = run(case, "cpu"), run(case, "sequential")
     close(y, y0, "output")

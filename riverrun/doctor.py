@@ -92,10 +92,11 @@ def run(
     device: str | None = None,
     ops: Iterable[str] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
+    impls: Iterable[str] | None = None,
     remember: bool = True,
     progress: Callable[[Verdict], None] | None = None,
 ) -> list[Verdict]:
-    """Examine `ops` (all) in `dtypes` on `device`; `progress` is called with every verdict once reached."""
+    """Examine `impls` (all) of `ops` (all) in `dtypes` on `device`; `progress` is called with every verdict once reached."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.device(device).type
     if kind not in DTYPES:
@@ -106,7 +107,7 @@ def run(
     found = []
     for name in ops or OPS:
         for dtype in dtypes or DTYPES[kind]:
-            for verdict in examine(OPS[name], dtype, device):
+            for verdict in examine(OPS[name], dtype, device, impls):
                 found.append(verdict)
                 if progress:
                     progress(verdict)
@@ -129,9 +130,9 @@ def patients(op: str, dtype: torch.dtype, device: str) -> Iterable[tuple[str, Ca
                 yield name, case.to(dtype)
 
 
-def examine(op: Op, dtype: torch.dtype, device: str) -> list[Verdict]:
-    """One verdict for every implementation of an op in one dtype."""
-    impls = op.impls
+def examine(op: Op, dtype: torch.dtype, device: str, only: Iterable[str] | None = None) -> list[Verdict]:
+    """One verdict for every implementation of an op (those in `only`) in one dtype."""
+    impls = [i for i in op.impls if only is None or i in only]
     worst: dict[str, tuple[float, float, str]] = {}
     cannot: dict[str, str] = {}
     times: dict[str, list[float]] = {impl: [] for impl in impls}

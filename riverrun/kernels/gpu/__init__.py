@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cells, scan
+from . import cells, conv, scan, softmax
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "diagonal": scan.diagonal,
+    "softmax": softmax.softmax,
+    "short_conv": conv.short_conv,
     "elman": cells.elman,
     "lstm": cells.lstm,
     "gru": cells.gru,
@@ -25,4 +27,8 @@ def refuses(name: str, args: tuple[Tensor | None, ...]) -> str | None:
         return "it computes in float32, and an argument is float64"
     if name in cells.GATES:
         return cells.refuses(args[0], args[1])
+    if name == "softmax":
+        return softmax.refuses(args[1])
+    if name == "short_conv":
+        return conv.refuses(args[1])
     return None

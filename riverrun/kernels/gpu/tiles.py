@@ -53,7 +53,7 @@ def last(x, AXIS: tl.constexpr):
         i = tl.arange(0, x.shape[1])[None, :, None]
     else:
         i = tl.arange(0, x.shape[0])[:, None]
-    return tl.sum(tl.where(i == x.shape[AXIS] - 1, x, 0.0), AXIS)
+    return tl.sum(tl.where(i == x.shape[AXIS] - 1, x, 0), AXIS)
 
 
 @triton.jit

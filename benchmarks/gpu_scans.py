@@ -1,0 +1,269 @@
+"""Scans, cells, softmax, convolution and norm on a GPU: the doctor's verdicts, then times beside peers and floors.
+
+    python benchmarks/gpu_scans.py [--check] [--time] [--ops diagonal,lstm]      both parts by default
+
+Times are medians over many launches by CUDA events, of the forward pass and of forward and backward together, on
+random inputs. The floor is the bytes an op must move, every input read and output written once, over the bandwidth of
+a large copy measured in the same run. "first call" is the first forward and backward in this process with an empty
+kernel cache. Peers that are not installed are left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+from triton.testing import do_bench
+
+from riverrun import doctor, ops
+from riverrun.recurrences.fold import fold
+from riverrun.testing import inputs
+
+OPS = ("diagonal", "selective", "softmax", "short_conv", "elman", "lstm", "gru", "slstm")
+DEVICE = "cuda"
+
+
+def check(names: list[str]) -> None:
+    """The doctor on every op, each in a process of its own: a compiler that aborts ends only its own."""
+    for name in names:
+        code = (
+            f"from riverrun import doctor; v = doctor.run('cuda', ops=['{name}'], impls=['gpu'], remember=False)\n"
+            "print(doctor.report(v, 'cuda'))"
+        )
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        lines = done.stdout.splitlines() if done.returncode == 0 else done.stderr.splitlines()[-6:]
+        print("\n".join(lines[2:-1] if done.returncode == 0 else [f"{name}: exit {done.returncode}", *lines]))
+        print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def measure(f) -> float:
+    return do_bench(f, warmup=20, rep=100, return_mode="median")
+
+
+def both(call, args) -> tuple[float, float, float]:
+    """Milliseconds forward, and forward and backward, and MiB of the latter above its inputs."""
+    args = [x.detach().requires_grad_() if x is not None else None for x in args]
+    wanted = [x for x in args if x is not None]
+    with torch.no_grad():
+        dy = torch.randn_like(call(*args))
+
+    def step():
+        return torch.autograd.grad(call(*args), wanted, dy)
+
+    def forward():
+        with torch.no_grad():
+            call(*args)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return measure(forward), measure(step), peak
+
+
+def bandwidth() -> float:
+    """Bytes a second of a device-to-device copy, read and written."""
+    x = torch.randn(2**28, device=DEVICE)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / (measure(lambda: y.copy_(x)) * 1e-3)
+
+
+def row(name: str, shape, dtype, times, floor=None, first=None) -> None:
+    kind = str(dtype).removeprefix("torch.") if dtype else ""
+    floors = "" if floor is None else f"{floor[0]:.3f} / {floor[1]:.3f}"
+    first = "" if first is None else f"{first:.1f}"
+    f, fb, peak = times
+    print(f"| {name} | {shape} | {kind} | {f:.3f} / {fb:.3f} | {floors} | {peak:.0f} | {first} |", flush=True)
+
+
+def ours(name: str, args, floor_bytes, rate, note="") -> None:
+    op = ops.OPS[name]
+    start = time.perf_counter()
+    leaves = [x.detach().requires_grad_() for x in args if x is not None]
+    y, _ = op(*[None if x is None else leaves.pop(0) for x in args], impl="gpu")
+    y.float().abs().sum().backward()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    times = both(lambda *a: op(*a, impl="gpu")[0], args)
+    floor = [1e3 * b / rate for b in floor_bytes]
+    row(f"**{name}**{note}", tuple(args[0].shape), args[0].dtype, times, floor, first)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def diagonal(rate: float) -> None:
+    for shape in ((8, 4096, 2048), (1, 65536, 2048), (1, 65536, 256)):
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = torch.rand(shape, device=DEVICE).to(dtype), randn(*shape, dtype=dtype)
+            ours("diagonal", (a, b), (3 * a.nbytes, 8 * a.nbytes), rate)
+        peer_scan(shape)
+        gc.collect()
+        torch.cuda.empty_cache()
+    a, b = randn(4, 4096, 1024, dtype=torch.complex64) * 0.5, randn(4, 4096, 1024, dtype=torch.complex64)
+    ours("diagonal", (a, b), (3 * a.nbytes, 8 * a.nbytes), rate)
+
+
+def peer_scan(shape) -> None:
+    """accelerated-scan, whose layout is (B, D, T) and whose T must be a power of two."""
+    try:
+        from accelerated_scan.warp import scan
+    except Exception as problem:  # not installed, or its extension does not build
+        print(f"accelerated-scan: {type(problem).__name__} {str(problem)[:100]}")
+        return
+    B, T, D = shape
+    a, b = torch.rand(B, D, T, device=DEVICE), randn(B, D, T)
+    row("accelerated-scan warp", (B, D, T), torch.float32, both(lambda a, b: scan(a, b), (a, b)))
+
+
+def selective(rate: float) -> None:
+    B, T, E, N = 8, 4096, 2048, 16
+    for dtype in (torch.bfloat16, torch.float32):
+        x, dt = randn(B, T, E, dtype=dtype), F.softplus(randn(B, T, E) - 1).to(dtype)
+        A = -torch.rand(E, N, device=DEVICE) * 4
+        B_, C = randn(B, T, N, dtype=dtype), randn(B, T, N, dtype=dtype)
+        ours("selective", (x, dt, A, B_, C), (3 * x.nbytes, 8 * x.nbytes), rate, note=f" N={N}")
+
+
+def softmax(rate: float) -> None:
+    B, T, H, V = 8, 4096, 16, 128
+    for dtype in (torch.bfloat16, torch.float32):
+        s, v = randn(B, T, H, dtype=dtype), randn(B, T, H, V, dtype=dtype)
+        ours("softmax", (s, v), (2 * v.nbytes, 6 * v.nbytes), rate)
+        row(
+            "  parallel PyTorch scan",
+            tuple(v.shape),
+            dtype,
+            both(lambda s, v: ops.softmax(s, v, impl="scan")[0], (s, v)),
+        )
+
+
+def short_conv(rate: float) -> None:
+    B, T, D, W = 8, 4096, 2048, 4
+    for dtype in (torch.bfloat16, torch.float32):
+        x, w = randn(B, T, D, dtype=dtype), randn(D, W, dtype=dtype)
+        ours("short_conv", (x, w, None), (2 * x.nbytes, 5 * x.nbytes), rate)
+        peer = lambda x, w: F.conv1d(F.pad(x.mT, (W - 1, 0)), w[:, None], groups=D).mT  # noqa: E731
+        row("  F.conv1d, depthwise", tuple(x.shape), dtype, both(peer, (x, w)))
+
+
+def cells(rate: float) -> None:
+    B, T, H, P = 16, 1024, 12, 64
+    dtype = torch.bfloat16
+    for name, gates in (("lstm", 4), ("gru", 3), ("slstm", 4), ("elman", 1)):
+        x = randn(B, T, gates, H, P, dtype=dtype)
+        R, c = randn(gates, H, P, P, dtype=dtype) / 16, randn(gates, H, P, dtype=dtype)
+        y = B * T * H * P * 2
+        ours(name, (x, R, c), (x.nbytes + y, 3 * x.nbytes + 3 * y), rate)
+    for name, H, P, dtype in (("lstm", 6, 128, torch.bfloat16), ("lstm", 12, 64, torch.float32)):
+        x = randn(B, T, 4, H, P, dtype=dtype)
+        R, c = randn(4, H, P, P, dtype=dtype) / 16, randn(4, H, P, dtype=dtype)
+        ours(name, (x, R, c), (1.25 * x.nbytes, 3.75 * x.nbytes), rate)
+    net = torch.nn.LSTM(768, 768, batch_first=True, device=DEVICE, dtype=torch.bfloat16)
+    x = randn(B, T, 768, dtype=torch.bfloat16)
+    row(
+        "  cuDNN LSTM, full, with its input projection",
+        (B, T, 768),
+        torch.bfloat16,
+        both(lambda x: net(x)[0], (x,)),
+    )
+    x, R = randn(B, T, 4, 12, 64, dtype=torch.bfloat16), randn(4, 12, 64, 64, dtype=torch.bfloat16) / 16
+    start = time.perf_counter()
+    args = [v.requires_grad_() for v in (x, R)]
+    y = fold(ops.lstm.recurrence, (*args, None))[0]
+    torch.cuda.synchronize()
+    forward = time.perf_counter() - start
+    torch.autograd.grad(y, args, torch.ones_like(y))
+    torch.cuda.synchronize()
+    row(
+        "  PyTorch loop, once",
+        tuple(x.shape),
+        torch.bfloat16,
+        (1e3 * forward, 1e3 * (time.perf_counter() - start), 0),
+    )
+
+
+def decode(names: list[str]) -> None:
+    """One step of every op, captured in a CUDA graph and replayed: the same bits as without, and the time."""
+    for name in names:
+        case = inputs.make(
+            name, inputs.FORMS[name][0], inputs.Size(B=16, T=1, H=12, K=64, V=64, D=2048, N=16, P=64)
+        )
+        case = case.to(torch.bfloat16, DEVICE)
+        op = ops.OPS[name]
+        with torch.no_grad():
+            y, _ = op(*case.args, state=case.state, impl="gpu")
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                z, _ = op(*case.args, state=case.state, impl="gpu")
+            z.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            same = torch.equal(y, z)
+            again = all(torch.equal(y, op(*case.args, state=case.state, impl="gpu")[0]) for _ in range(3))
+            replay, eager = (
+                measure(graph.replay),
+                measure(lambda: op(*case.args, state=case.state, impl="gpu")),
+            )
+        print(
+            f"decode {name}: replay {1e3 * replay:.1f} us, eager {1e3 * eager:.1f} us, same bits {same and again}"
+        )
+
+
+PARTS = {
+    "diagonal": diagonal,
+    "selective": selective,
+    "softmax": softmax,
+    "short_conv": short_conv,
+    "cells": cells,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--ops", default=",".join(OPS))
+    chosen = parser.parse_args()
+    names = chosen.ops.split(",")
+    everything = not (chosen.check or chosen.time)
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())  # so that the first call is a first call
+    if chosen.time or everything:
+        rate = bandwidth()
+        print(f"{doctor.store.machine('cuda')}; copy {rate / 1e12:.2f} TB/s")
+        print(
+            "| op | shape | dtype | ms forward / + backward | floor | MiB | first call s |\n|---|---|---|---|---|---|---|"
+        )
+        for part, run in PARTS.items():
+            if part in names or (part == "cells" and "lstm" in names):
+                try:
+                    run(rate)
+                except Exception as problem:  # the other parts are still worth their time
+                    print(f"{part}: {type(problem).__name__}: {str(problem)[:300]}")
+                gc.collect()
+                torch.cuda.empty_cache()
+        try:
+            decode(names)
+        except Exception as problem:
+            print(f"decode: {type(problem).__name__}: {str(problem)[:300]}")
+    if chosen.check or everything:
+        check(names)
+
+
+if __name__ == "__main__":
+    main()

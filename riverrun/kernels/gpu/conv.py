@@ -1,0 +1,177 @@
+"""The short causal convolution with its state on a GPU: every x is read once, and W taps come from cache.
+
+    y_t = c + Σ_j w[W-1-j] x_{t-j}        dx_t = Σ_j w[W-1-j] dy_{t+j}        dw[W-1-j] = Σ_t dy_t x_{t-j}
+
+with x before time 0 from the state, and no tap across a reset. Time -(W - 1) … -1 of dx is the state's gradient, and
+the gradient of the last state joins the dx of its last W - 1 inputs. A program takes a block of channels and a stretch
+of time; its parts of dw and dc are summed afterwards in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from riverrun.kernels.library import define
+
+from .launch import DEVICE
+from .tiles import flat
+
+WIDEST = 32  # taps
+STRETCH = 512  # steps a program of the backward pass
+
+
+@triton.jit
+def _inputs(x, state, row, t, d, D, T, W: tl.constexpr):
+    """x at times t (I, 1) of channels d (1, J); before time 0 from the state, before that nothing."""
+    value = tl.load(x + (row * T + t) * D + d, mask=(t >= 0) & (t < T) & (d < D), other=0.0).to(tl.float32)
+    if state is not None:
+        early = (t < 0) & (t >= 1 - W) & (d < D)
+        value += tl.load(state + (row * (W - 1) + t + W - 1) * D + d, mask=early, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _cut(reset, row, t, T):
+    """Whether a reset stands at time t."""
+    return tl.load(reset + row * T + t, mask=(t >= 0) & (t < T), other=0) != 0
+
+
+@triton.jit
+def _forward(x, w, c, state, reset, y, tail, D, T, W: tl.constexpr, TIMES: tl.constexpr, C: tl.constexpr):
+    """Grid (time blocks, channel blocks, B). The last time block writes the state."""
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * TIMES + tl.arange(0, TIMES)[:, None]
+    d = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    total = tl.zeros([TIMES, C], tl.float32)
+    if c is not None:
+        total += tl.load(c + d, mask=d < D, other=0.0).to(tl.float32)
+    seen = tl.full([TIMES, 1], 1, tl.int1)
+    for j in tl.static_range(W):
+        value = _inputs(x, state, row, t - j, d, D, T, W)
+        if reset is not None:
+            if j > 0:
+                seen = seen & (_cut(reset, row, t - j + 1, T) == 0)
+            value = tl.where(seen, value, 0.0)
+        total += value * tl.load(w + d * W + (W - 1 - j), mask=d < D, other=0.0).to(tl.float32)
+    tl.store(y + (row * T + t) * D + d, total.to(y.dtype.element_ty), mask=(t < T) & (d < D))
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        one = tl.zeros([1, 1], tl.int32)
+        reached = tl.full([1, 1], 1, tl.int1)
+        for j in tl.static_range(W - 1):
+            if reset is not None:
+                if j > 0:
+                    reached = reached & (_cut(reset, row, T - j + one, T) == 0)
+            value = tl.where(reached, _inputs(x, state, row, T - 1 - j + one, d, D, T, W), 0.0)
+            tl.store(tail + (row * (W - 1) + W - 2 - j) * D + d, value, mask=d < D)
+
+
+@triton.jit
+def _gradient(w, reset, dy, dtail, row, t, d, D, T, W: tl.constexpr):
+    """dx at times t (I, 1), which may lie before 0."""
+    total = tl.zeros([t.shape[0], d.shape[1]], tl.float32)
+    seen = tl.full([t.shape[0], 1], 1, tl.int1)
+    for j in tl.static_range(W):
+        s = t + j
+        g = tl.load(dy + (row * T + s) * D + d, mask=(s >= 0) & (s < T) & (d < D), other=0.0).to(tl.float32)
+        if reset is not None:
+            if j > 0:
+                seen = seen & (_cut(reset, row, s, T) == 0)
+            g = tl.where(seen, g, 0.0)
+        total += g * tl.load(w + d * W + (W - 1 - j), mask=d < D, other=0.0).to(tl.float32)
+    if dtail is not None:
+        # the last state holds x_t if t is among the last W - 1 times, all of which the loop has looked at
+        i = t - (T - W + 1)
+        kept = (i >= 0) & (i < W - 1) & seen
+        total += tl.load(dtail + (row * (W - 1) + i) * D + d, mask=kept & (d < D), other=0.0)
+    return total
+
+
+@triton.jit
+def _backward(
+    x, w, state, reset, dy, dtail, dx, dw, dc, dstate, D, T, LENGTH,
+    W: tl.constexpr, WP: tl.constexpr, TIMES: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Grid (stretches of LENGTH steps, channel blocks, B). dw and dc have a row for each (B, stretch)."""
+    piece, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    d, taps = tl.program_id(1) * C + tl.arange(0, C)[None, :], tl.arange(0, WP)[:, None]
+    sum_w, sum_c = tl.zeros([WP, C], tl.float32), tl.zeros([1, C], tl.float32)
+    end = tl.minimum(T, (piece + 1) * LENGTH)
+    for t0 in range(piece * LENGTH, end, TIMES):
+        t = t0 + tl.arange(0, TIMES)[:, None]
+        g = _gradient(w, reset, dy, dtail, row, t, d, D, T, W)
+        tl.store(dx + (row * T + t) * D + d, g.to(dx.dtype.element_ty), mask=(t < end) & (d < D))
+        g = tl.load(dy + (row * T + t) * D + d, mask=(t < end) & (d < D), other=0.0).to(tl.float32)
+        sum_c += tl.sum(g, 0)[None, :]
+        seen = tl.full([TIMES, 1], 1, tl.int1)
+        for j in tl.static_range(W):
+            value = _inputs(x, state, row, t - j, d, D, T, W)
+            if reset is not None:
+                if j > 0:
+                    seen = seen & (_cut(reset, row, t - j + 1, T) == 0)
+                value = tl.where(seen, value, 0.0)
+            sum_w += tl.where(taps == W - 1 - j, tl.sum(value * g, 0)[None, :], 0.0)
+    part = row * tl.num_programs(0) + piece
+    tl.store(dw + (part * D + d) * W + taps, sum_w, mask=(taps < W) & (d < D))
+    tl.store(dc + part * D + d, sum_c, mask=d < D)
+    if dstate is not None and piece == 0:
+        t = taps - (W - 1)
+        g = _gradient(w, reset, dy, dtail, row, t, d, D, T, W)
+        tl.store(dstate + (row * (W - 1) + taps) * D + d, g, mask=(taps < W - 1) & (d < D))
+
+
+def _tile(x: Tensor) -> dict:
+    """Rows of 16-byte loads a warp wide, sixteen times a program."""
+    C = min(triton.next_power_of_2(x.shape[2]), 512 // x.element_size())
+    return {"TIMES": min(16, triton.next_power_of_2(x.shape[1])), "C": C, "num_warps": 4}
+
+
+def _run(x, w, c, state, reset, save):
+    B, T, D = x.shape
+    y, tail = _fake(x, w, c, state, reset, save)
+    tile = _tile(x)
+    grid = (triton.cdiv(T, tile["TIMES"]), triton.cdiv(D, tile["C"]), B)
+    _forward[grid](*(flat(v) for v in (x, w, c, state, reset)), y, tail, D, T, W=w.shape[1], **tile)
+    return y, tail
+
+
+def _run_backward(x, w, c, state, reset, y, tail, dy, dtail):
+    B, T, D = x.shape
+    W, pieces, tile = w.shape[1], triton.cdiv(T, STRETCH), _tile(x)
+    dy = torch.zeros_like(y) if dy is None else dy
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dw = x.new_empty(B * pieces, D, W, dtype=torch.float32)
+    dc = x.new_empty(B * pieces, D, dtype=torch.float32)
+    dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+    inputs = tuple(flat(v) for v in (x, w, state, reset, dy, dtail))
+    _backward[(pieces, triton.cdiv(D, tile["C"]), B)](
+        *inputs, dx, dw, dc, dstate, D, T, STRETCH, W=W, WP=triton.next_power_of_2(W), **tile
+    )
+    return dx, dw.sum(0).to(w.dtype), None if c is None else dc.sum(0).to(c.dtype), dstate, None
+
+
+def _fake(x, w, c, state, reset, save):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(x.shape[0], w.shape[1] - 1, x.shape[2], dtype=torch.float32)
+
+
+_short_conv = define(
+    "short_conv_gpu", "Tensor x, Tensor w, Tensor? c, Tensor? state, Tensor? reset",
+    2, 0, DEVICE, _run, _run_backward, _fake,
+)  # fmt: skip
+
+
+def short_conv(
+    x: Tensor, w: Tensor, c: Tensor | None = None, state: Tensor | None = None, reset: Tensor | None = None
+):
+    y, tail = _short_conv(x, w, c, state, reset)
+    return y, tail
+
+
+def refuses(w: Tensor) -> str | None:
+    """Why so many taps cannot be unrolled, or None."""
+    if w.shape[1] > WIDEST:
+        return f"W = {w.shape[1]} taps; it unrolls at most {WIDEST}"
+    return None

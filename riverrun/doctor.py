@@ -96,7 +96,7 @@ def run(
     remember: bool = True,
     progress: Callable[[Verdict], None] | None = None,
 ) -> list[Verdict]:
-    """Examine `impls` (all) of `ops` (all) in `dtypes` on `device`; `progress` is called with every verdict once reached."""
+    """Examine `impls` (all) of `ops` (all) in `dtypes` on `device`; `progress` is called with every verdict."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.device(device).type
     if kind not in DTYPES:

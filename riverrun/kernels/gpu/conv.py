@@ -40,6 +40,19 @@ def _cut(reset, row, t, T):
 
 
 @triton.jit
+def _keep(x, state, reset, tail, row, d, D, T, W: tl.constexpr):
+    """Write the last W - 1 inputs that no reset follows, newest last."""
+    one = tl.zeros([1, 1], tl.int32)
+    seen = tl.full([1, 1], 1, tl.int1)
+    for j in tl.static_range(W - 1):
+        if reset is not None:
+            if j > 0:
+                seen = seen & (_cut(reset, row, T - j + one, T) == 0)
+        value = tl.where(seen, _inputs(x, state, row, T - 1 - j + one, d, D, T, W), 0.0)
+        tl.store(tail + (row * (W - 1) + W - 2 - j) * D + d, value, mask=d < D)
+
+
+@triton.jit
 def _forward(x, w, c, state, reset, y, tail, D, T, W: tl.constexpr, TIMES: tl.constexpr, C: tl.constexpr):
     """Grid (time blocks, channel blocks, B). The last time block writes the state."""
     row = tl.program_id(2).to(tl.int64)
@@ -58,14 +71,7 @@ def _forward(x, w, c, state, reset, y, tail, D, T, W: tl.constexpr, TIMES: tl.co
         total += value * tl.load(w + d * W + (W - 1 - j), mask=d < D, other=0.0).to(tl.float32)
     tl.store(y + (row * T + t) * D + d, total.to(y.dtype.element_ty), mask=(t < T) & (d < D))
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        one = tl.zeros([1, 1], tl.int32)
-        reached = tl.full([1, 1], 1, tl.int1)
-        for j in tl.static_range(W - 1):
-            if reset is not None:
-                if j > 0:
-                    reached = reached & (_cut(reset, row, T - j + one, T) == 0)
-            value = tl.where(reached, _inputs(x, state, row, T - 1 - j + one, d, D, T, W), 0.0)
-            tl.store(tail + (row * (W - 1) + W - 2 - j) * D + d, value, mask=d < D)
+        _keep(x, state, reset, tail, row, d, D, T, W)
 
 
 @triton.jit

@@ -1,0 +1,137 @@
+"""`riverrun generate`: text to the terminal as it is drawn, and a state on disk to go on from."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.rule import Rule
+
+from riverrun import state as states
+from riverrun.config import override
+from riverrun.data.tokens import Tokenizer
+from riverrun.inference import snapshot
+from riverrun.inference.decoding import Generation, Limits
+from riverrun.inference.sampling import Sampling
+from riverrun.models import folder as folders
+
+INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended: 128 + SIGINT
+
+
+@dataclass(frozen=True)
+class Settings(Sampling):
+    """What `key=value` changes: how tokens are drawn, and the following."""
+
+    max_tokens: int = 200
+    piece: int = 1024  # tokens of a prompt that are read at once
+    seed: int | None = None  # none: that of the state file, or 0
+    samples: int = 1  # texts for each prompt, with seeds that count up from `seed`
+    special: Literal["refuse", "read", "text"] = "refuse"  # what "<|...|>" in a prompt is
+
+
+def run(
+    folder: Path, settings: list[str], prompts: list[str], stop: list[str], state: Path | None, device: str
+) -> int:
+    """Write text to standard output, and what is to be said about it to standard error."""
+    chosen = override(Settings(), settings)
+    limits = Limits(chosen.max_tokens, tuple(stop), chosen.piece)
+    resumed = state is not None and state.is_file()
+    if state is not None and not resumed and not prompts:
+        raise FileNotFoundError(f"no state file '{state}' to go on from; give a --prompt to begin one there")
+    if chosen.samples < 1 or (resumed and chosen.samples > 1):
+        raise ValueError(
+            f"samples={chosen.samples}; it must be at least 1, and 1 when a state is gone on with"
+        )
+    model, tokenizer = folders.load(folder, device)
+    generation = Generation(
+        model,
+        tokenizer,
+        tokenized(tokenizer, prompts, chosen, resumed),
+        limits,
+        chosen,
+        None if resumed and chosen.seed is None else seeds(chosen, max(1, len(prompts))),
+        snapshot.load(state, model) if state is not None and resumed else None,
+    )
+    notes = Console(stderr=True, highlight=False)
+    before, begun = sum(s.draws for s in generation.sequences), time.perf_counter()
+    interrupted = show(generation, prompts * chosen.samples, notes)
+    seconds = time.perf_counter() - begun
+    drawn = sum(s.draws for s in generation.sequences) - before
+    kept = ""
+    if state is not None:
+        snapshot.save(state, generation.sequences, model)
+        kept = f", saved; `--state {state}` goes on from it"
+    notes.print(f"[dim]{summary(generation, drawn, seconds)}{kept}[/]")
+    return INTERRUPTED if interrupted else 0
+
+
+def tokenized(
+    tokenizer: Tokenizer, prompts: list[str], chosen: Settings, resumed: bool
+) -> list[list[int]] | None:
+    """Every prompt as tokens, once for each sample; None where a saved state goes on without any."""
+    if resumed and not prompts:
+        return None
+    return [tokenizer.prompt(p, chosen.special) for p in prompts or [""]] * chosen.samples
+
+
+def seeds(chosen: Settings, prompts: int) -> list[int]:
+    """A seed for each sequence, the same for the same sample of each prompt."""
+    return [(chosen.seed or 0) + i for i in range(chosen.samples) for _ in range(prompts)]
+
+
+def show(generation: Generation, prompts: list[str], notes: Console) -> bool:
+    """Print the run; True if Ctrl-C ended it. A single sequence is printed as it comes, more at the end."""
+    single = len(generation.sequences) == 1
+    echo = prompts if sys.stdout.isatty() else []
+    texts = list(echo) or [""] * len(generation.sequences)
+    if single:
+        print(texts[0], end="", flush=True)
+    with interruption() as interrupted:
+        for new in generation:
+            if single:
+                print(new[0], end="", flush=True)
+            else:
+                texts = [text + more for text, more in zip(texts, new, strict=True)]
+            if interrupted:
+                break
+    if single:
+        print()
+    else:
+        for number, text in enumerate(texts, 1):
+            notes.print(Rule(str(number), style="dim"))
+            print(text, flush=True)
+    return bool(interrupted)
+
+
+@contextmanager
+def interruption() -> Iterator[list[int]]:
+    """A list that Ctrl-C adds to, so that the step under way is finished; a second one is not held back."""
+    caught: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def summary(generation: Generation, drawn: int, seconds: float) -> str:
+    """What was done and how fast, in one line."""
+    sequences = generation.sequences
+    ends = ", ".join(sorted({s.finished or "Ctrl-C" for s in sequences}))
+    size = sum(states.nbytes(s.state) for s in sequences)
+    return (
+        f"{drawn:,} tokens in {seconds:.1f} s ({drawn / seconds:,.0f} a second), ended by {ends}; "
+        f"state of {size:,} bytes after {sum(s.read for s in sequences):,} tokens"
+    )

@@ -1,0 +1,170 @@
+"""Text from a language model, piece by piece: prompts are read, tokens drawn, and nothing grows but the text.
+
+    run = Generation(model, tokenizer, ["It was a truth", "Anne"], Limits(300), Sampling(top_p=0.95))
+    for texts in run: ...          [" univer", ""], ["sally", " had"], ...    what each sequence has to add
+    run.sequences                  what snapshot.py saves, and a later run goes on from without the prompts
+
+New prompts of unequal length are read together: the shorter ones are padded on the left, and `reset` is set
+where they begin. Saved sequences must not be reset: they are read side by side as far as the shortest goes,
+then the rest; and those whose states differ in shape (caches that grow) run one after the other. Either way
+each sequence gets what it would have had alone, up to the rounding of matrix products. What is drawn depends
+on the sequence's seed and its number of draws only, and the state has always read everything but the last
+token, so a run of n tokens that is gone on with for m more is a run of n + m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from riverrun.data.tokens import Tokenizer
+from riverrun.models.language import LanguageModel
+from riverrun.state import State
+
+from .sampling import Sampling, distribution, draw, uniform
+from .stopping import Outlet
+from .streams import OVER, Stream, assign, begin, complete, go_on, join, settle, together
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When generation ends, and how many tokens of a prompt are read at once."""
+
+    max_tokens: int = 200
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    piece: int = 1024  # bounds the memory that reading a long prompt takes
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise ValueError(f"stop = {self.stop!r}; it must be a tuple of strings that are not empty")
+        if self.max_tokens < 0 or self.piece < 1:
+            raise ValueError(
+                f"max_tokens = {self.max_tokens}, piece = {self.piece}; they must be at least 0 and 1"
+            )
+
+
+LIMITS, SAMPLING = Limits(), Sampling()
+
+
+class Generation:
+    """A run over some sequences: iterating yields, step by step, a list with each sequence's new text.
+
+    prompts   one a sequence, text or token ids; with `resume` they follow what was read, None adds nothing
+    seeds     one for all sequences, or one for each; None keeps those of `resume`, and is 0 without it
+    resume    sequences to go on with, from an earlier run or from `snapshot.load`; they are not changed
+
+    Raises ValueError for text that looks like a special token (`Tokenizer.prompt` says what can be done), and
+    when prompts, seeds and resumed sequences differ in number. Wherever the loop is left, `sequences` are
+    ready to go on.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str | list[int]] | None = None,
+        limits: Limits = LIMITS,
+        sampling: Sampling = SAMPLING,
+        seeds: int | Sequence[int] | None = None,
+        resume: Sequence[Stream] | None = None,
+    ):
+        self.model, self.tokenizer, self.limits, self.sampling = model, tokenizer, limits, sampling
+        self.device = next(model.parameters()).device
+        tokens = (
+            None if prompts is None else [tokenizer.prompt(p) if isinstance(p, str) else p for p in prompts]
+        )
+        self.sequences = begin(tokens or [], tokenizer.end) if resume is None else go_on(resume, tokens)
+        if seeds is not None or resume is None:
+            assign(seeds or 0, self.sequences)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for s in self.sequences:
+            s.recent = s.recent[-self.sampling.penalty_window :]
+            s.finished = s.finished if s.finished in OVER else ""
+        new = all(s.state is None for s in self.sequences)
+        for _ in self._read_new() if new else self._read_on():
+            yield [""] * len(self.sequences)
+        for rows in together([s for s in self.sequences if not s.finished]):
+            yield from self._write(rows)
+
+    @torch.no_grad()
+    def _read(self, tokens: list[list[int]], state: State, reset: list[list[bool]] | None = None) -> State:
+        mask = None if reset is None else torch.tensor(reset, device=self.device)
+        return self.model.hidden(torch.tensor(tokens, device=self.device), state, mask)[1]
+
+    def _read_new(self) -> Iterator[None]:
+        """Read prompts from their beginnings, padded on the left, up to their last tokens."""
+        rows, steps = self.sequences, max(len(s.pending) for s in self.sequences) - 1
+        pads = [steps + 1 - len(s.pending) for s in rows]
+        state: State = None
+        for i in range(0, steps, self.limits.piece):
+            places = range(i, min(i + self.limits.piece, steps))
+            tokens = [
+                [s.pending[t - pad] if t >= pad else 0 for t in places]
+                for s, pad in zip(rows, pads, strict=True)
+            ]
+            state = self._read(
+                tokens, state, [[t == pad for t in places] for pad in pads] if any(pads) else None
+            )
+            yield
+        settle(rows, state)
+        for s, pad in zip(rows, pads, strict=True):
+            s.read, s.pending = steps - pad, s.pending[-1:]
+            if not s.read:
+                s.state = None  # it has been padded only: it has not begun
+
+    def _read_on(self) -> Iterator[None]:
+        """Read what follows saved sequences, up to the last tokens."""
+        while waiting := [s for s in self.sequences if len(s.pending) > 1]:
+            for rows in together(waiting):
+                size = min(self.limits.piece, *(len(s.pending) - 1 for s in rows))
+                settle(rows, self._read([s.pending[:size] for s in rows], join(rows)))
+                for s in rows:
+                    s.read, s.pending = s.read + size, s.pending[size:]
+                yield
+
+    @torch.no_grad()
+    def _step(self, rows: list[Stream], state: State) -> tuple[list[int], State]:
+        """A token drawn for each sequence, and the state that has read the tokens before these."""
+        tokens = torch.tensor([s.pending for s in rows], device=self.device)
+        logits, state = self.model(tokens, state)
+        p = distribution(logits[:, -1], self.sampling, [s.recent for s in rows])
+        return draw(p, [uniform(s.seed, s.draws) for s in rows]), state
+
+    def _write(self, rows: list[Stream]) -> Iterator[list[str]]:
+        """Draw tokens for sequences that run together, until each is finished."""
+        index = {id(s): i for i, s in enumerate(self.sequences)}
+        state = join(rows)
+        try:
+            for left in reversed(range(self.limits.max_tokens)):
+                tokens, state = self._step(rows, state)
+                texts = [""] * len(self.sequences)
+                for s, token in zip(rows, tokens, strict=True):
+                    texts[index[id(s)]] = self._take(s, token, last=left == 0)
+                if any(s.finished for s in rows):
+                    settle(rows, state)
+                    rows = [s for s in rows if not s.finished]
+                    state = join(rows) if rows else None
+                yield texts
+                if not rows:
+                    return
+        finally:
+            settle(rows, state)
+
+    def _take(self, s: Stream, token: int, last: bool) -> str:
+        """Note a drawn token; the text that goes out with it."""
+        s.read, s.draws, s.pending = s.read + 1, s.draws + 1, [token]
+        s.recent = [*s.recent, token][-self.sampling.penalty_window :]
+        if token == self.tokenizer.end:
+            text = s.outlet.drain()
+            s.finished, s.partial, s.outlet = "end", b"", Outlet()
+            return text
+        text, s.partial = complete(s.partial, self.tokenizer.bytes_of(token))
+        text, stopped = s.outlet.put(text, self.limits.stop)
+        if stopped:
+            s.finished, s.partial = "stop", b""
+        elif last:
+            s.finished, text = "length", text + s.outlet.drain()
+        return text

@@ -1,0 +1,253 @@
+"""The command line: every command does its work, and bad input ends in one line that says what to do."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from riverrun import __version__, cli
+from riverrun import state as states
+from riverrun.commands.train import load
+from riverrun.data.tokens import ByteTokenizer
+from riverrun.inference.decoding import Generation
+from riverrun.mixers import MIXERS
+from riverrun.models import folder
+from riverrun.models.language import LanguageConfig, LanguageModel
+
+BOOK = "It was a line of a book that nobody had read. " * 40
+TINY = [
+    "model.width=16",
+    "model.depth=1",
+    "model.pattern=mingru",
+    "data.batch=2",
+    "data.length=32",
+    "steps=2",
+]
+
+
+def made(path, seed=0, width=16):
+    torch.manual_seed(seed)
+    tokenizer = ByteTokenizer()
+    config = LanguageConfig(tokenizer.size, width, depth=1, pattern="mingru", tied=False)
+    folder.save(path, LanguageModel(config), tokenizer)
+    return str(path)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return made(tmp_path / "model")
+
+
+@pytest.fixture
+def riverrun(capfd):
+    """Run a command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call
+
+
+def refused(result, *words):
+    """One line on standard error with all of `words`, nothing on standard output, exit code 2."""
+    code, out, err = result
+    assert (code, out) == (2, ""), err
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
+    for word in words:
+        assert word in err, err
+
+
+def test_help_imports_nothing_heavy_and_names_every_command():
+    code = (
+        "import sys; from riverrun.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numba', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8"
+    ).stdout
+    assert shown.endswith("[]\n")
+    assert all(name in shown for name in ("train", "generate", "eval", "mixers", "bench", "doctor"))
+
+
+def test_version(riverrun):
+    assert riverrun("--version") == (0, f"riverrun {__version__}\n", "")
+
+
+def test_train_then_resume_then_eval_then_generate(riverrun, tmp_path):
+    book, out = tmp_path / "book.txt", tmp_path / "run"
+    book.write_text(BOOK)
+    code, shown, _ = riverrun("train", f"data.files={book}", f"out={out}", *TINY)
+    assert code == 0 and str(out / "model") in shown and str(out / "loss.png") in shown
+    code, _, _ = riverrun("train", "--resume", out, "steps=3")
+    assert code == 0 and (out / "checkpoints" / "step-00000003").is_dir()
+    code, shown, _ = riverrun("eval", out / "model", book, "--json", "--limit", 500)
+    score = json.loads(shown)[str(book)]
+    assert code == 0 and score["bytes"] == 500 and 0 < score["bits_per_byte"] < 9
+    code, shown, _ = riverrun("eval", out / "model", book)
+    assert code == 0 and f"{len(BOOK):,}" in shown
+    code, shown, said = riverrun("generate", out / "model", "-p", "It", "max_tokens=5")
+    assert code == 0 and shown and "5 tokens" in said
+
+
+def test_recipes_are_found_by_name_and_by_file(tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from riverrun.training.settings import TrainConfig\ndef config(): return TrainConfig(seed=7)\n"
+    )
+    assert load(str(recipe)).seed == 7
+    settings = tmp_path / "mine.json"
+    settings.write_text('{"seed": 8}')
+    assert load(str(settings)).seed == 8
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    recipe.rename(tmp_path / "recipes" / "mine.py")
+    assert load("mine").seed == 7
+
+
+def test_settings_recipes_and_runs_that_do_not_exist_are_refused(riverrun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "paper.py").write_text("x = 1\n")
+    refused(riverrun("train", "optim.lrr=1"), "no setting 'optim.lrr'", "did you mean 'optim.lr'?")
+    refused(riverrun("train", "steps=many"), "'many' is not int")
+    refused(riverrun("train", "papr"), "no recipe 'papr'", "did you mean 'paper'?")
+    refused(riverrun("train", tmp_path / "no.json"), "no file")
+    refused(riverrun("train", tmp_path / "no.py"), "no recipe")
+    refused(riverrun("train", "--resume", tmp_path), "no checkpoint")
+    refused(
+        riverrun("train", f"data.files={tmp_path / 'no.txt'}", "steps=1", f"out={tmp_path / 'run'}"), "no.txt"
+    )
+    refused(riverrun("train", "paper"), "paper.py is no recipe", "config()")
+
+
+def test_generate_writes_the_same_text_again_for_the_same_seed(riverrun, model):
+    first = riverrun("generate", model, "-p", "a", "max_tokens=20", "seed=3")[1]
+    assert riverrun("generate", model, "-p", "a", "max_tokens=20", "seed=3")[1] == first
+    assert riverrun("generate", model, "-p", "a", "max_tokens=20", "seed=4")[1] != first
+
+
+def test_samples_and_several_prompts_are_a_batch(riverrun, model, tmp_path):
+    (tmp_path / "prompt.txt").write_text("a longer prompt")
+    _, both, _ = riverrun(
+        "generate", model, "-p", "a", "-f", tmp_path / "prompt.txt", "samples=2", "max_tokens=9"
+    )
+    alone = [
+        riverrun("generate", model, "-p", prompt, "max_tokens=9", f"seed={seed}")[1]
+        for seed in (0, 1)
+        for prompt in ("a", "a longer prompt")
+    ]
+    assert both == "".join(alone)
+
+
+def test_generate_goes_on_from_its_state_file(riverrun, model, tmp_path):
+    file = tmp_path / "run.state"
+    whole = riverrun("generate", model, "-p", "a", "max_tokens=30", "seed=3")[1]
+    first = riverrun("generate", model, "-p", "a", "max_tokens=12", "seed=3", "--state", file)
+    second = riverrun("generate", model, "max_tokens=18", "--state", file)
+    assert first[1][:-1] + second[1] == whole
+    assert str(file) in first[2]
+
+
+def test_ctrl_c_ends_the_text_and_saves_the_state(riverrun, model, tmp_path, monkeypatch):
+    file, step, steps = tmp_path / "run.state", Generation._step, []
+
+    def interrupted(self, rows, state):
+        steps.append(1)
+        if len(steps) == 12:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, rows, state)
+
+    monkeypatch.setattr(Generation, "_step", interrupted)
+    code, text, said = riverrun("generate", model, "-p", "a", "max_tokens=1000", "seed=3", "--state", file)
+    assert code == 130 and len(steps) == 12 and "Ctrl-C" in said
+    rest = riverrun("generate", model, "max_tokens=18", "--state", file)[1]
+    assert text[:-1] + rest == riverrun("generate", model, "-p", "a", "max_tokens=30", "seed=3")[1]
+
+
+def test_bad_settings_and_prompts_of_generate_are_refused(riverrun, model, tmp_path):
+    refused(riverrun("generate", model, "temprature=1"), "did you mean 'temperature'?")
+    refused(riverrun("generate", model, "top_p=high"), "'high' is not float")
+    refused(riverrun("generate", model, "top_p=2"), "top_p = 2")
+    refused(riverrun("generate", model, "-p", "<|user|>"), "<|user|>", "special=")
+    refused(riverrun("generate", model, "-p", "<|user|>", "special=read"), "unknown special token")
+    refused(riverrun("generate", model, "-f", tmp_path / "no.txt"), "no.txt")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin1"))
+    refused(riverrun("generate", model, "-f", tmp_path / "latin.txt"), "not UTF-8", "iconv")
+    refused(riverrun("generate", model, "--state", tmp_path / "no.state"), "no state file", "--prompt")
+
+
+def test_states_of_others_are_refused(riverrun, model, tmp_path):
+    file, other = tmp_path / "run.state", made(tmp_path / "other", seed=1)
+    riverrun("generate", model, "-p", "a", "-p", "b", "max_tokens=2", "--state", file)
+    refused(riverrun("generate", other, "--state", file), "another model")
+    refused(riverrun("generate", model, "-p", "a", "--state", file), "1 prompts", "2 sequences")
+    file.write_bytes(file.read_bytes()[:-9])
+    refused(riverrun("generate", model, "--state", file), "truncated or damaged")
+    states.save((torch.zeros(1),), file)
+    refused(riverrun("generate", model, "--state", file), "not written by generation")
+
+
+def test_damaged_models_are_refused(riverrun, model, tmp_path):
+    refused(riverrun("generate", tmp_path / "no"), "no model in")
+    path = tmp_path / "model" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    refused(riverrun("generate", model), "damaged")
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    refused(riverrun("generate", model), "damaged")
+    path.write_bytes(whole)
+    config = tmp_path / "model" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "model": {**values["model"], "vocabulary": 300}}))
+    refused(riverrun("generate", model), "300", "257")
+    config.write_text(json.dumps({**values, "model": {**values["model"], "widht": 3}}))
+    refused(riverrun("generate", model), "unknown field 'widht'", "did you mean 'width'?")
+    config.write_text("{")
+    refused(riverrun("generate", model), "not readable JSON")
+
+
+def test_odd_files_in_eval(riverrun, model, tmp_path):
+    refused(riverrun("eval", model, tmp_path / "no.txt"), "no file")
+    empty, one, binary = (tmp_path / name for name in ("empty", "one", "binary"))
+    empty.write_bytes(b"")
+    refused(riverrun("eval", model, empty), "empty")
+    one.write_bytes(b"x")
+    binary.write_bytes(bytes(range(256)))
+    code, out, _ = riverrun("eval", model, one, binary, "--json")
+    assert code == 0 and [s["bytes"] for s in json.loads(out).values()] == [1, 256]
+
+
+def test_unforeseen_errors_are_one_line_unless_debug(riverrun, monkeypatch):
+    def fails(name, **arguments):
+        raise RuntimeError("two\nlines [bold]")
+
+    monkeypatch.setattr(cli, "command", fails)
+    assert riverrun("mixers") == (1, "", "error: two lines [bold] (RuntimeError; --debug shows where)\n")
+    with pytest.raises(RuntimeError):
+        cli.main(["mixers", "--debug"])
+
+
+def test_mixers_lists_every_row(riverrun):
+    code, out, _ = riverrun("mixers", "--width", 64)
+    assert code == 0 and all(f" {name} " in out for name in MIXERS)
+    refused(riverrun("mixers", "gated_delta_net"), "did you mean 'gated_deltanet'?")
+
+
+def test_bench_times_what_is_named(riverrun):
+    code, out, _ = riverrun("bench", "mingru", "--width", 16, "--length", 10)
+    assert code == 0 and "mingru" in out and "mamba" not in out
+    refused(riverrun("bench", "mingruu"), "did you mean 'mingru'?")
+
+
+def test_doctor_examines_what_is_named(riverrun):
+    refused(riverrun("doctor", "nonsense"), "no ops ['nonsense']")
+    code, out, err = riverrun("doctor", "--device", "tpu")
+    assert (code, out) == (2, "") and "'tpu' is neither cpu nor cuda" in " ".join(err.split())

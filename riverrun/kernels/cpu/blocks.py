@@ -3,16 +3,32 @@ threads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import numba
 import torch
 from torch import Tensor
 
-from .threads import parallel
+from .threads import FASTMATH, array, in_threads
 
 TASKS = 8  # wanted at the least, for a few threads to share evenly
 LANES = 16  # channels below which a task leaves vector registers empty
+PIECE = 4096  # sums a task
+SMALL = 16384  # numbers that are dealt with sooner than a second thread wakes up
+
+# a kernel does tasks first, first + step, ... of a number it knows from its arguments
+kernel = numba.njit(fastmath=FASTMATH, cache=True, error_model="numpy", nogil=True)
+
+
+def spread(f: Callable[..., None], tasks: int, work: int, *args: Any) -> None:
+    """Call the kernel f on threads so that each of `tasks` is done once; `work` counts the numbers handled.
+
+    Tensors go in as arrays.
+    """
+    given = (array(x) if x is None or isinstance(x, Tensor) else x for x in args)
+    in_threads(f, tasks if work > SMALL else 1, *given)
 
 
 def block_size(width: int, rows: int, limit: int) -> int:
@@ -28,15 +44,20 @@ def same_dtype(*xs: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.to(dtype) for x in xs]
 
 
-@parallel
-def add_parts(parts, out):
-    """out (n) = Σ_p parts (p, n), in the order of p."""
+@kernel
+def _add_parts(first, step, parts, out):
     P, n = parts.shape
-    pieces = (n + 4095) // 4096
-    for piece in numba.prange(pieces):
-        lo, hi = piece * 4096, min(piece * 4096 + 4096, n)
+    for piece in range(first, (n + PIECE - 1) // PIECE, step):
+        lo, hi = piece * PIECE, min(piece * PIECE + PIECE, n)
         for i in range(lo, hi):
             out[i] = parts[0, i]
         for p in range(1, P):
             for i in range(lo, hi):
                 out[i] += parts[p, i]
+
+
+def add_parts(parts: Tensor) -> Tensor:
+    """Σ_p parts (p, ...), in the order of p."""
+    out = parts.new_empty(parts.shape[1:])
+    spread(_add_parts, -(-out.numel() // PIECE), parts.numel(), parts.flatten(1), out.view(-1))
+    return out

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import block_size, same_dtype
+from .blocks import block_size, kernel, same_dtype, spread
 from .elementary import compiled, exp, log_sigmoid, sigmoid, tanh
 from .product import add_product, packed, padded, width
-from .threads import array, parallel, use_threads
+from .threads import array
 
 ELMAN, LSTM, GRU, SLSTM = range(4)
 STRETCH = 64  # steps of dp and h that are summed into dR at a time
@@ -146,14 +145,14 @@ def _slstm_backward(keep, before, dst, dp):
         dm[j] = kept
 
 
-@parallel
-def _forward(kind, x, R, c, state, initial, reset, rows, y, kept):
+@kernel
+def _forward(first, step, kind, x, R, c, state, initial, reset, rows, y, kept):
     """x (B, T, G, H, P), R packed (H, P, G · P), c (G, H, P), kept (B, T, H, K, P) or empty; state (S, B, H,
     P) enters as the first and leaves as the last; initial (S) is what a reset puts there."""
     batch, T, G, H, P = x.shape
     groups = (batch + rows - 1) // rows
     S = state.shape[0]
-    for task in numba.prange(H * groups):
+    for task in range(first, H * groups, step):
         head, lo = task // groups, task % groups * rows
         count = min(rows, batch - lo)
         st, h = np.empty((count, S, P), x.dtype), np.zeros((rows, P), x.dtype)
@@ -193,15 +192,15 @@ def _forward(kind, x, R, c, state, initial, reset, rows, y, kept):
                 state[s, lo + r, head] = st[r, s]
 
 
-@parallel
-def _backward(kind, R, state, initial, reset, rows, y, kept, dy, dstate, dp, dx):
+@kernel
+def _backward(first, step, kind, R, state, initial, reset, rows, y, kept, dy, dstate, dp, dx):
     """R packed (H, G · P, P), state (S, B, H, P) the first, dp the gradient of R h + c, dx that of x where it
     differs (GRU). dstate (S, B, H, P) enters as the gradient of the last state and leaves as that of the
     first."""
     batch, T, G, H, P = dp.shape
     groups = (batch + rows - 1) // rows
     S = state.shape[0]
-    for task in numba.prange(H * groups):
+    for task in range(first, H * groups, step):
         head, lo = task // groups, task % groups * rows
         count = min(rows, batch - lo)
         dst, before = np.empty((count, S, P), y.dtype), np.empty((S, P), y.dtype)
@@ -248,14 +247,14 @@ def _backward(kind, R, state, initial, reset, rows, y, kept, dy, dstate, dp, dx)
                 dstate[s, lo + r, head] = dst[r, s]
 
 
-@parallel
-def _matrix_backward(dp, h, size, dR, dc):
+@kernel
+def _matrix_backward(first, step, dp, h, size, dR, dc):
     """dR (H, G · P, P) = Σ_bt dp hᵀ and dc (H, G · P) = Σ_bt dp, with the h before each step packed as (B, T
     / STRETCH, H, tiles, STRETCH, WIDTH). A task sums `size` rows of dR, a multiple of four, in the order of
     time."""
     batch, T, G, H, P = dp.shape
     groups = (G * P + size - 1) // size
-    for task in numba.prange(H * groups):
+    for task in range(first, H * groups, step):
         head, lo = task // groups, task % groups * size
         fours = (min(size, G * P - lo) + 3) // 4
         acc = np.zeros((fours, 4, h.shape[3] * h.shape[5]), dp.dtype)
@@ -307,7 +306,6 @@ def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Calla
     S = len(start)
 
     def run(x, R, c, *rest):
-        use_threads()
         *states, reset, save = rest
         batch, T, G, H, P = x.shape
         state = _first(x, states, start)
@@ -316,12 +314,12 @@ def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Calla
         reset = None if reset is None else reset.contiguous()
         initial = np.array(start, array(state).dtype)
         matrix = packed(R.permute(1, 3, 0, 2).reshape(H, P, G * P))
-        inputs = (kind, *(array(z) for z in (x.contiguous(), matrix, c, state)), initial, array(reset))
-        _forward(*inputs, _rows(batch, H), array(y), array(kept))
+        rows, work = _rows(batch, H), x.numel() * P
+        inputs = (kind, x.contiguous(), matrix, c, state, initial, reset, rows)
+        spread(_forward, H * -(-batch // rows), work, *inputs, y, kept)
         return y, *(s.clone() for s in state), kept
 
     def run_backward(x, R, c, *rest):
-        use_threads()
         states, (reset, y), rest = rest[:S], rest[S : S + 2], rest[S + 2 + S :]
         kept, dy, dlast = rest[0], rest[1], rest[2:]
         batch, _, G, H, P = x.shape
@@ -330,13 +328,14 @@ def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Calla
         dstate = torch.stack([y.new_zeros(batch, H, P) if d is None else d for d in dlast])
         dp = x.new_empty(x.shape)
         dx = torch.empty_like(dp) if kind == GRU else dp
-        initial, cuts = np.array(start, array(y).dtype), array(None if reset is None else reset.contiguous())
+        initial, cuts = np.array(start, array(y).dtype), None if reset is None else reset.contiguous()
         matrix = packed(R.transpose(0, 1).reshape(H, G * P, P))
-        inputs = (kind, array(matrix), array(first), initial, cuts, _rows(batch, H), array(y), array(kept))
-        _backward(*inputs, *(array(z) for z in (dy, dstate, dp, dx)))
+        rows, work = _rows(batch, H), x.numel() * P
+        inputs = (kind, matrix, first, initial, cuts, rows, y, kept)
+        spread(_backward, H * -(-batch // rows), work, *inputs, dy, dstate, dp, dx)
         dR, dc = y.new_empty(H, G * P, P), y.new_empty(H, G * P)
         size = block_size(G * P, H, 32)
-        _matrix_backward(array(dp), array(_before(y, first[0], reset)), size, array(dR), array(dc))
+        spread(_matrix_backward, H * -(-(G * P) // size), work, dp, _before(y, first[0], reset), size, dR, dc)
         dR = dR.view(H, G, P, P).transpose(0, 1).contiguous()
         dc = None if c is None else dc.view(H, G, P).transpose(0, 1).contiguous()
         dstates = [None if states[0] is None else d.clone() for d in dstate]

@@ -3,25 +3,23 @@ L1 cache."""
 
 from __future__ import annotations
 
-import numba
 import torch
 from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import add_parts, block_size, same_dtype
-from .threads import array, parallel, use_threads
+from .blocks import add_parts, block_size, kernel, same_dtype, spread
 
 BLOCK = 128  # channels a task at most
 
 
-@parallel
-def _forward(x, w, c, state, reset, size, y, tail):
+@kernel
+def _forward(first, step, x, w, c, state, reset, size, y, tail):
     """w (W, D), state and tail (B, W - 1, D)."""
     batch, T, D = x.shape
     W = w.shape[0]
     blocks = (D + size - 1) // size
-    for task in numba.prange(batch * blocks):
+    for task in range(first, batch * blocks, step):
         i, lo = task // blocks, task % blocks * size
         hi = min(lo + size, D)
         seen = T + W  # inputs since the last reset; those of the state count as seen
@@ -44,13 +42,13 @@ def _forward(x, w, c, state, reset, size, y, tail):
                     tail[i, W - 2 - j, d] = x[i, T - 1 - j, d] if j < T else state[i, W - 2 + T - j, d]
 
 
-@parallel
-def _backward(x, w, state, reset, size, dy, dtail, dx, dw, dc, dstate):
+@kernel
+def _backward(first, step, x, w, state, reset, size, dy, dtail, dx, dw, dc, dstate):
     """dtail is the gradient of the tail; dw (B, W, D) and dc (B, D) are the parts of one row."""
     batch, T, D = x.shape
     W = w.shape[0]
     blocks = (D + size - 1) // size
-    for task in numba.prange(batch * blocks):
+    for task in range(first, batch * blocks, step):
         i, lo = task // blocks, task % blocks * size
         hi = min(lo + size, D)
         dx[i, :, lo:hi] = 0
@@ -79,8 +77,11 @@ def _backward(x, w, state, reset, size, dy, dtail, dx, dw, dc, dstate):
                     dstate[i, W - 2 + T - j, d] += dtail[i, W - 2 - j, d]
 
 
+def _tasks(x: Tensor, size: int) -> int:
+    return x.shape[0] * -(-x.shape[2] // size)
+
+
 def _prepare(x, w, state, reset):
-    use_threads()
     state = x.new_zeros(x.shape[0], w.shape[1] - 1, x.shape[2]) if state is None else state.contiguous()
     reset = None if reset is None else reset.contiguous()
     size = block_size(x.shape[2], x.shape[0], BLOCK)
@@ -91,7 +92,7 @@ def _run(x, w, c, state, reset, save):
     x, w, state, reset, size = _prepare(x, w, state, reset)
     c = x.new_zeros(x.shape[2]) if c is None else c.contiguous()
     y, tail = torch.empty_like(x), torch.empty_like(state)
-    _forward(*(array(z) for z in (x, w, c, state, reset)), size, array(y), array(tail))
+    spread(_forward, _tasks(x, size), x.numel(), x, w, c, state, reset, size, y, tail)
     return y, tail
 
 
@@ -102,12 +103,9 @@ def _run_backward(x, w, c, state, reset, y, tail, dy, dtail):
     dtail = torch.zeros_like(state) if dtail is None else dtail.contiguous()
     dx, dstate = torch.empty_like(x), torch.empty_like(state)
     dw, dc = x.new_empty(x.shape[0], *w.shape), x.new_empty(x.shape[0], x.shape[2])
-    inputs = (array(z) for z in (x, w, state, reset))
-    _backward(*inputs, size, *(array(z) for z in (dy, dtail, dx, dw, dc, dstate)))
-    dw_sum, dc_sum = torch.empty_like(w), torch.empty_like(dc[0])
-    add_parts(array(dw.flatten(1)), array(dw_sum.flatten()))
-    add_parts(array(dc), array(dc_sum))
-    return dx, dw_sum.t().contiguous(), None if c is None else dc_sum, None if no_state else dstate, None
+    spread(_backward, _tasks(x, size), x.numel(), x, w, state, reset, size, dy, dtail, dx, dw, dc, dstate)
+    dw, dc = add_parts(dw).t().contiguous(), None if c is None else add_parts(dc)
+    return dx, dw, dc, None if no_state else dstate, None
 
 
 def _fake(x, w, c, state, reset, save):

@@ -7,29 +7,27 @@ at a time, and sums dB and dC over blocks of channels and dA over the batch in a
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import add_parts, block_size, same_dtype
+from .blocks import add_parts, block_size, kernel, same_dtype, spread
 from .elementary import exp
-from .threads import array, parallel, use_threads
 
 BLOCK = 64  # channels a task at most
 EVERY = 16  # steps from one saved state to the next
 
 
-@parallel
-def _forward(x, dt, A, B, C, state, reset, size, y, last, saved):
+@kernel
+def _forward(first, step, x, dt, A, B, C, state, reset, size, y, last, saved):
     """A (N, E), state and last (B, N, E); saved (B, T / EVERY, N, E) or empty: the state before every so many
     steps."""
     batch, T, E = x.shape
     N = A.shape[0]
     blocks = (E + size - 1) // size
-    for task in numba.prange(batch * blocks):
+    for task in range(first, batch * blocks, step):
         i, lo = task // blocks, task % blocks * size
         hi = min(lo + size, E)
         h, rate = np.empty((N, hi - lo), x.dtype), np.empty((N, hi - lo), x.dtype)
@@ -57,14 +55,14 @@ def _forward(x, dt, A, B, C, state, reset, size, y, last, saved):
             last[i, n, lo:hi] = h[n]
 
 
-@parallel
-def _backward(x, dt, A, B, C, reset, size, saved, dy, dh, dx, ddt, dA, dB, dC):
+@kernel
+def _backward(first, step, x, dt, A, B, C, reset, size, saved, dy, dh, dx, ddt, dA, dB, dC):
     """dh (B, N, E) enters as the gradient of the last state and leaves as that of the first; dA (B, N, E) and
     dB, dC (blocks, B, T, N) are the parts of one row and one block of channels."""
     batch, T, E = x.shape
     N = A.shape[0]
     blocks = (E + size - 1) // size
-    for task in numba.prange(batch * blocks):
+    for task in range(first, batch * blocks, step):
         i, block = task // blocks, task % blocks
         lo = block * size
         hi = min(lo + size, E)
@@ -128,32 +126,29 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _run(x, dt, A, B, C, state, reset, save):
-    use_threads()
     x, dt, B, C, reset = (z if z is None else z.contiguous() for z in (x, dt, B, C, reset))
     h = x.new_zeros(x.shape[0], A.shape[1], A.shape[0]) if state is None else _transposed(state)
     y, last = torch.empty_like(x), torch.empty_like(h)
     saved = x.new_empty((x.shape[0] if save else 0, -(-x.shape[1] // EVERY), *h.shape[1:]))
     size = block_size(x.shape[2], x.shape[0], BLOCK)
-    inputs = (array(z) for z in (x, dt, _transposed(A), B, C, h, reset))
-    _forward(*inputs, size, array(y), array(last), array(saved))
+    tasks, work = x.shape[0] * -(-x.shape[2] // size), x.numel() * A.shape[1]
+    spread(_forward, tasks, work, x, dt, _transposed(A), B, C, h, reset, size, y, last, saved)
     return y, _transposed(last), saved
 
 
 def _run_backward(x, dt, A, B, C, state, reset, y, last, saved, dy, dh):
-    use_threads()
     x, dt, B, C, reset = (z if z is None else z.contiguous() for z in (x, dt, B, C, reset))
     batch, _, E = x.shape
     size = block_size(E, batch, BLOCK)
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dh = x.new_zeros(batch, A.shape[1], E) if dh is None else _transposed(dh)
     dx, ddt, dA = torch.empty_like(x), torch.empty_like(x), torch.empty_like(dh)
-    parts = B.new_empty((2, -(-E // size), *B.shape))
-    inputs = (array(z) for z in (x, dt, _transposed(A), B, C, reset))
-    _backward(*inputs, size, *(array(z) for z in (saved, dy, dh, dx, ddt, dA, parts[0], parts[1])))
-    dA_sum, dB, dC = torch.empty_like(dA[0]), torch.empty_like(B), torch.empty_like(B)
-    for part, total in ((dA, dA_sum), (parts[0], dB), (parts[1], dC)):
-        add_parts(array(part.flatten(1)), array(total.flatten()))
-    return dx, ddt, _transposed(dA_sum), dB, dC, None if state is None else _transposed(dh), None
+    dB, dC = (B.new_empty(-(-E // size), *B.shape) for _ in range(2))
+    tasks, work = batch * dB.shape[0], x.numel() * A.shape[1]
+    inputs = (x, dt, _transposed(A), B, C, reset, size, saved)
+    spread(_backward, tasks, work, *inputs, dy, dh, dx, ddt, dA, dB, dC)
+    dA, dB, dC = _transposed(add_parts(dA)), add_parts(dB), add_parts(dC)
+    return dx, ddt, dA, dB, dC, None if state is None else _transposed(dh), None
 
 
 def _fake(x, dt, A, B, C, state, reset, save):

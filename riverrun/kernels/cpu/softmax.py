@@ -8,25 +8,23 @@ maximum m, so only the gradient of the final state reaches it, and goes to the l
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import add_parts, block_size, same_dtype
+from .blocks import add_parts, block_size, kernel, same_dtype, spread
 from .elementary import exp
-from .threads import array, parallel, use_threads
 
 BLOCK = 128  # values a task at most
 
 
-@parallel
-def _weights(s, m, c, reset, u, w, ms, cs):
+@kernel
+def _weights(first, step, s, m, c, reset, u, w, ms, cs):
     """m, c (B, H) enter as the first state and leave as the last; ms and cs hold them after every step."""
     batch, T, H = s.shape
-    for i in numba.prange(batch):
+    for i in range(first, batch, step):
         for t in range(T):
             if reset.shape[0] and reset[i, t]:
                 for h in range(H):
@@ -42,12 +40,12 @@ def _weights(s, m, c, reset, u, w, ms, cs):
                 cs[i, t, h] = c[i, h]
 
 
-@parallel
-def _forward(v, u, w, cs, a, y, size):
+@kernel
+def _forward(first, step, v, u, w, cs, a, y, size):
     """a (B, H, V) enters as the first state and leaves as the last; a reset is u = 0."""
     batch, T, H, V = v.shape
     blocks = (V + size - 1) // size
-    for task in numba.prange(batch * H * blocks):
+    for task in range(first, batch * H * blocks, step):
         i, h, lo = task // (H * blocks), task // blocks % H, task % blocks * size
         hi = min(lo + size, V)
         for t in range(T):
@@ -57,13 +55,13 @@ def _forward(v, u, w, cs, a, y, size):
                 y[i, t, h, d] = a[i, h, d] / total
 
 
-@parallel
-def _backward(v, u, w, cs, y, dy, dc, da, dv, ds, size):
+@kernel
+def _backward(first, step, v, u, w, cs, y, dy, dc, da, dv, ds, size):
     """dc (blocks, B, H) and da (B, H, V) enter as the gradient of the last state, all of dc in its first
     part, and leave as that of the first. ds (blocks, B, T, H) are the parts of one block of values."""
     batch, T, H, V = v.shape
     blocks = (V + size - 1) // size
-    for task in numba.prange(batch * H * blocks):
+    for task in range(first, batch * H * blocks, step):
         i, h, block = task // (H * blocks), task // blocks % H, task % blocks
         lo = block * size
         hi = min(lo + size, V)
@@ -81,12 +79,12 @@ def _backward(v, u, w, cs, y, dy, dc, da, dv, ds, size):
             dc[block, i, h] *= kept
 
 
-@parallel
-def _maximum_backward(s, m0, ms, reset, dm, ds):
+@kernel
+def _maximum_backward(first, step, s, m0, ms, reset, dm, ds):
     """Hand dm (B, H), the gradient of the last maximum, to the largest score; what reaches the first state
     stays in dm."""
     batch, T, H = s.shape
-    for i in numba.prange(batch):
+    for i in range(first, batch, step):
         for h in range(H):
             for t in range(T - 1, -1, -1):
                 cut = reset.shape[0] > 0 and reset[i, t]
@@ -108,19 +106,18 @@ def _start(v: Tensor, state: tuple[Tensor | None, ...]) -> list[Tensor]:
 
 
 def _run(s, v, m, c, a, reset, save):
-    use_threads()
     s, v, reset = (x if x is None else x.contiguous() for x in (s, v, reset))
     m, c, a = _start(v, (m, c, a))
     u, w, ms, cs = (torch.empty_like(s) for _ in range(4))
     y = torch.empty_like(v)
-    _weights(*(array(x) for x in (s, m, c, reset, u, w, ms, cs)))
+    spread(_weights, s.shape[0], s.numel(), s, m, c, reset, u, w, ms, cs)
     size = block_size(v.shape[3], v.shape[0] * v.shape[2], BLOCK)
-    _forward(*(array(x) for x in (v, u, w, cs, a, y)), size)
+    tasks = v.shape[0] * v.shape[2] * -(-v.shape[3] // size)
+    spread(_forward, tasks, v.numel(), v, u, w, cs, a, y, size)
     return y, m, c, a, u, w, ms, cs
 
 
 def _run_backward(s, v, m0, c0, a0, reset, y, m, c, a, u, w, ms, cs, dy, dm, dc, da):
-    use_threads()
     s, v, reset = (x if x is None else x.contiguous() for x in (s, v, reset))
     size = block_size(v.shape[3], v.shape[0] * v.shape[2], BLOCK)
     blocks = -(-v.shape[3] // size)
@@ -134,15 +131,15 @@ def _run_backward(s, v, m0, c0, a0, reset, y, m, c, a, u, w, ms, cs, dy, dm, dc,
     if da is not None:
         dm -= (da * a).sum(-1)
     da = torch.zeros_like(a) if da is None else da.clone(memory_format=torch.contiguous_format)
-    dv, parts, ds = torch.empty_like(v), s.new_empty(blocks, *s.shape), torch.empty_like(s)
-    _backward(*(array(x) for x in (v, u, w, cs, y, dy, dcs, da, dv, parts)), size)
-    add_parts(array(parts.flatten(1)), array(ds.flatten()))
+    dv, parts = torch.empty_like(v), s.new_empty(blocks, *s.shape)
+    tasks = blocks * v.shape[0] * v.shape[2]
+    spread(_backward, tasks, v.numel(), v, u, w, cs, y, dy, dcs, da, dv, parts, size)
+    ds = add_parts(parts)
     first = _start(v, (m0, c0, a0))
-    _maximum_backward(*(array(x) for x in (s, first[0], ms, reset, dm, ds)))
+    spread(_maximum_backward, s.shape[0], s.numel(), s, first[0], ms, reset, dm, ds)
     if m0 is None:
         return ds, dv, None, None, None, None
-    dc = torch.empty_like(c)
-    add_parts(array(dcs.flatten(1)), array(dc.flatten()))
+    dc = add_parts(dcs)
     return ds, dv, dm + dc * c0 + (da * a0).sum(-1), dc, da, None
 
 

@@ -111,6 +111,9 @@ class Op:
         self.signature.check(args, state, reset)
         impl = self.choose(impl, args)
         like = args[self.signature.like]
+        if torch.is_autocast_enabled(like.device.type):  # which would round the sums inside
+            with torch.autocast(like.device.type, enabled=False):
+                return self(*args, state=state, reset=reset, impl=impl)
         wide = widest(*args, *leaves(state))
         if impl not in self.kernels or not self.kernels[impl].half:
             args = tuple(x if x is None else x.to(wide) for x in args)

@@ -15,6 +15,9 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__(width, eps=eps)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(wide(x), self.normalized_shape, wide(self.weight), self.eps).to(x.dtype)
+
 
 class GatedRMSNorm(nn.Module):
     """RMS norm of each `group` of channels with a gate: w ⊙ norm(x) ⊙ silu(z), or w ⊙ norm(x ⊙ silu(z)).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,23 @@ def close(a: Tensor, b: Tensor, what: str, bound: float = EXACT) -> None:
     assert found <= bound, f"{what}: relative error {found:.2e}, bound {bound:.0e}"
 
 
+def close_all(a: Iterable[Tensor], b: Iterable[Tensor], what: str, bound: float = EXACT) -> None:
+    """`close` for every pair."""
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        close(x, y, f"{what} {i}", bound)
+
+
 def close_states(a: State, b: State, what: str, bound: float = EXACT) -> None:
     """`close` for every tensor of two states."""
-    for i, (x, y) in enumerate(zip(leaves(a), leaves(b), strict=True)):
-        close(x, y, f"{what}, state tensor {i}", bound)
+    close_all(leaves(a), leaves(b), f"{what}, state tensor", bound)
+
+
+def rounded(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """Raise AssertionError unless a, computed in half precision, is b up to what rounding explains.
+
+    Some 16 roundings of half a unit lie on a path through projections, gates, memory and norms; they add like
+    a random walk, sqrt(16) / 2 = 2 units. Divisions by small norms amplify: ten times that.
+    """
+    assert torch.isfinite(a).all(), f"not finite in {dtype}"
+    found = float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+    assert found < 20 * UNIT[dtype], f"relative error {found:.4f} in {dtype}, bound {20 * UNIT[dtype]:.4f}"

@@ -4,13 +4,14 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from riverrun import __version__, cli
 from riverrun import state as states
-from riverrun.commands.train import load
+from riverrun.commands.train import changed, load
 from riverrun.data.tokens import ByteTokenizer
 from riverrun.inference.decoding import Generation
 from riverrun.mixers import MIXERS
@@ -106,6 +107,9 @@ def test_recipes_are_found_by_name_and_by_file(tmp_path, monkeypatch):
     settings = tmp_path / "mine.json"
     settings.write_text('{"seed": 8}')
     assert load(str(settings)).seed == 8
+    timed = replace(load(str(settings)), minutes=5.0)
+    for given in (["steps=6"], ["steps=6", "minutes=none"], ["minutes=none", "seed=1", "steps=6"]):
+        assert (changed(timed, given).steps, changed(timed, given).minutes) == (6, None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     recipe.rename(tmp_path / "recipes" / "mine.py")

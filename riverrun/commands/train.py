@@ -31,7 +31,7 @@ def run(recipe: str | None, settings: list[str], resume: Path | None) -> int:
         config = replace(checkpoint.settings(checkpoint.latest(resume)), out=str(resume))
     else:
         config = TrainConfig() if recipe is None else load(recipe)
-    result = train(override(config, settings), resume=resume is not None)
+    result = train(changed(config, settings), resume=resume is not None)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"model       {result.model}")
     console.print(f"checkpoint  {result.checkpoint}")
@@ -39,6 +39,15 @@ def run(recipe: str | None, settings: list[str], resume: Path | None) -> int:
     if result.curve is not None:
         console.print(f"loss curve  {result.curve}")
     return INTERRUPTED if result.interrupted else 0
+
+
+def changed(config: TrainConfig, settings: list[str]) -> TrainConfig:
+    """`key=value` settings applied; a budget among them, steps or minutes, replaces that of the config."""
+    budget = [s for s in settings if s.partition("=")[0] in ("steps", "minutes")]
+    if budget:
+        given = override(TrainConfig(), budget)
+        config = replace(config, steps=given.steps, minutes=given.minutes)
+    return override(config, [s for s in settings if s not in budget])
 
 
 def load(recipe: str) -> TrainConfig:

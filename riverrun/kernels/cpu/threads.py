@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -29,8 +31,39 @@ def use_threads() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    """A forked process inherits the pool but not its threads."""
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+def in_threads(f: Callable[..., None], tasks: int, *args: Any) -> None:
+    """Call f(first, step, *args) so that each of `tasks` is done once, on PyTorch's number of threads.
+
+    f releases the interpreter's lock (nogil) and does tasks first, first + step, ... It compiles several
+    times faster than a `prange` of the same body, may be called from several threads at once and survives a
+    fork.
+    """
+    global _pool
+    threads = min(tasks, torch.get_num_threads())
+    if threads > 1:
+        _pool = _pool or ThreadPoolExecutor(os.cpu_count(), "riverrun")
+        others = [_pool.submit(f, first, threads, *args) for first in range(1, threads)]
+        f(0, threads, *args)
+        for other in others:
+            other.result()
+    else:
+        f(0, 1, *args)
+
+
 def array(x: Tensor | None, like: Tensor | None = None) -> np.ndarray:
-    """A tensor's memory as an array; a missing reset becomes an empty (0, 0) array, which kernels test by its shape."""
+    """A tensor's memory as an array; a missing reset becomes an empty (0, 0) array, told by its shape."""
     if x is None:
         return np.empty((0, 0), np.bool_)
     return x.detach().numpy()

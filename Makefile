@@ -11,7 +11,7 @@ demo: .venv/installed
 # one thread a worker: two workers share two cores
 test: .venv/developed lint
 	$(BIN)/mypy
-	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	NUMBA_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/developed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The demo in its short form: it trains, scores, writes, goes on in a new process, and says where all lies."""
+"""The demo in its short form: it trains, scores, writes, goes on in a new process, and names what it left."""
 
 import subprocess
 import sys

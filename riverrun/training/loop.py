@@ -25,7 +25,7 @@ from torch import Tensor
 from riverrun.data.packing import Batch, Batches
 from riverrun.data.tokens import Tokenizer
 from riverrun.models import folder
-from riverrun.state import detach
+from riverrun.state import State, detach
 
 from . import checkpoint
 from .checkpoint import Training
@@ -105,7 +105,7 @@ class Run:
         self.progress = training.progress
         self.device = training.model.output.device
         self.watch = Watch(config.diverged)
-        self.began = time.perf_counter() - self.progress.seconds
+        self.began = 0.0
         self.logged = self.progress.tokens, self.progress.seconds
         self.pending: list[tuple[int, Tensor, Tensor]] = []  # steps whose numbers have not been looked at
         self.saved = Path(config.out)
@@ -123,6 +123,8 @@ class Run:
     def go(self, interrupted: Callable[[], bool]) -> None:
         """Step until the budget is used up, or Ctrl-C; a checkpoint stands at the end."""
         config, progress = self.config, self.progress
+        self.compile()
+        self.began = time.perf_counter() - progress.seconds
         lr = 0.0
         while (self.used is None or self.used < 1) and not interrupted():
             lr = config.optim.lr * factor(config.schedule, progress.step, self.used)
@@ -141,22 +143,35 @@ class Run:
             self.tell(lr)
         self.save()
 
+    def compile(self) -> None:
+        """A step without an update: kernels are compiled before the clock of the run starts."""
+        for part in split(self.batches[self.progress.step], self.config.accumulate, self.device):
+            self.gradients(part, None)
+            break
+        self.training.optimizer.zero_grad()
+
+    def gradients(self, part: Batch, state: State) -> tuple[Tensor, State]:
+        """Add the gradients of one part of a step; its part of the loss, and the state after it."""
+        model = self.training.model
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half(self.config, self.device)):
+            x, state = model.hidden(part.tokens, state, part.reset)
+            loss = cross_entropy(x, model.output, part.targets) / self.config.accumulate
+        loss.backward()
+        return loss.detach(), detach(state)
+
     def step(self, lr: float) -> None:
         """One update."""
         config, training = self.config, self.training
         model, optimizer = training.model, training.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=self.device)
-        for i, part in enumerate(split(self.batches[self.progress.step], config.accumulate, self.device)):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=half(config, self.device)):
-                state = training.state[i] if config.data.mode == "stream" else None
-                x, state = model.hidden(part.tokens, state, part.reset)
-                loss = cross_entropy(x, model.output, part.targets) / config.accumulate
-            loss.backward()
-            total += loss.detach()
-            if config.data.mode == "stream":
-                training.state = (*training.state[:i], detach(state), *training.state[i + 1 :])
+        total, carried = torch.zeros((), device=self.device), []
+        parts = split(self.batches[self.progress.step], config.accumulate, self.device)
+        for part, state in zip(parts, training.state, strict=True):
+            loss, state = self.gradients(part, state)
+            carried.append(state if config.data.mode == "stream" else None)
+            total += loss
+        training.state = tuple(carried)
         norm = clip(model, config.optim.clip)
         optimizer.step()
         optimizer.zero_grad()

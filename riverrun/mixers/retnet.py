@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, carried, head_width, heads, positions, rotate
+from riverrun.nn import GatedRMSNorm, carried, fitting, head_width, heads, positions, rotate
 
 
 class RetNet(nn.Module):
@@ -36,6 +36,7 @@ class RetNet(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, start = carried(self, x, state, reset, 2)
+        start = fitting(self, start, x.shape[0])
         q, k, v, z = self.inp(x).split(self.sizes, -1)
         position, start = positions(x, start, reset)
         q, k = (rotate(heads(p, self.num_heads), position, self.base) for p in (q, k))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, LowRank, carried, head_width, heads, previous, unit, wide
+from riverrun.nn import HeadNorm, LowRank, carried, fitting, head_width, heads, previous, unit, wide
 
 
 class RWKV7(nn.Module):
@@ -45,7 +45,7 @@ class RWKV7(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, last = carried(self, x, state, reset, 2)
-        H = self.num_heads
+        H, last = self.num_heads, fitting(self, last, x.shape[0], self.width)
         xr, xw, xk, xv, xa, xg = torch.addcmul(
             x[..., None, :], (previous(x, last, reset) - x)[..., None, :], self.mix
         ).unbind(-2)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import carried, wide
+from riverrun.nn import carried, fitting, wide
 from riverrun.nn.init import hippo_frequencies
 
 
@@ -40,7 +40,8 @@ class S5(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        state = carried(self, x, state, reset)
+        N = self.log_rate.shape[0]
+        state = fitting(self, carried(self, x, state, reset), x.shape[0], N, 2)
         rate = torch.complex(-wide(self.log_rate).exp(), wide(self.frequency))
         decay = (rate * wide(self.log_step).exp()).exp()
         drive = torch.complex(*wide(self.inp(x)).chunk(2, -1)) * ((decay - 1) / rate)

@@ -1,7 +1,7 @@
 """Layers that do not mix time, and two that do: the short convolution and attention."""
 
 from .attend import attend
-from .check import carried, head_width
+from .check import carried, fitting, head_width
 from .conv import ShortConv, previous
 from .lowrank import LowRank
 from .mlp import GatedMLP
@@ -18,6 +18,7 @@ __all__ = [
     "ShortConv",
     "attend",
     "carried",
+    "fitting",
     "head_width",
     "heads",
     "positions",

@@ -14,7 +14,7 @@ def carried(mixer: nn.Module, x: Tensor, state: State, reset: Tensor | None, par
     """The state to start from, as `parts` parts that are None at the beginning; one part is the state itself.
 
     Raises ValueError and TypeError for an x, a state or a reset that `mixer` cannot take. What is inside the
-    parts is checked by the ops that read them.
+    parts is checked by those who read them.
     """
     name, width = type(mixer).__name__, mixer.width
     if x.dim() != 3 or x.shape[2] != width or 0 in x.shape:
@@ -39,6 +39,16 @@ def carried(mixer: nn.Module, x: Tensor, state: State, reset: Tensor | None, par
             "call of this mixer returned"
         )
     return state
+
+
+def fitting(mixer: nn.Module, part: State, *shape: int) -> State:
+    """A part of the state that the mixer itself reads, None or of this shape. Raises ValueError otherwise."""
+    if part is not None and (not isinstance(part, Tensor) or part.shape != shape):
+        raise ValueError(
+            f"{type(mixer).__name__}: the state has a part of shape {describe(part)}; it must be {shape}: "
+            "a state continues only the mixer and the batch size that made it"
+        )
+    return part
 
 
 def head_width(width: int, num_heads: int, what: str = "num_heads") -> int:

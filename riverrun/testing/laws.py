@@ -2,8 +2,8 @@
 
     check(lambda: MyMixer(16), Row("MyMixer", arxiv="", op="delta"))    raises AssertionError, naming the law
 
-A law is called as `law(make, row)`: `make()` builds the mixer at width WIDTH (the laws seed it), `row` says what
-is claimed of it. `laws_for` says which laws concern a row; one named in `row.breaks` is expected to fail.
+A law is called as `law(make, row)`: `make()` builds the mixer at width WIDTH (the laws seed it), `row` says
+what is claimed of it. `laws_for` says which laws concern a row; one named in `row.breaks` must fail.
 """
 
 from __future__ import annotations

@@ -12,12 +12,14 @@ its value would be denormal.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
 # without "reassoc": rounding adds and subtracts a large number, and the two parts of ln 2 must not be joined
-OPTIONS = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "forceinline": True}
+OPTIONS: Any = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "forceinline": True}
 compiled = njit(**OPTIONS, cache=True)
 
 

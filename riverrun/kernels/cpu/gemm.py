@@ -3,9 +3,10 @@
     product(out, A, B, ...)       out (m, n) = [out, scaled by row, +] A (m, depth) B (depth, n)
     transposed(out, x, width)     out (width, 16) = x (16, width)ᵀ
 
-A may be read transposed. m is a multiple of 4, n and width of 16. Left to itself the compiler keeps sums in memory and
-uses half of a 512-bit vector; here a tile of sums, rows × vectors, stays in registers through all of depth. Every sum
-runs over depth in order, so its bits depend neither on the tile nor on how columns are shared out.
+A may be read transposed. m is a multiple of 4, n and width of 16. Left to itself the compiler keeps sums in
+memory and uses half of a 512-bit vector; here a tile of sums, rows × vectors, stays in registers through all
+of depth. Every sum runs over depth in order, so its bits depend neither on the tile nor on who has which
+columns.
 """
 
 from __future__ import annotations
@@ -164,36 +165,55 @@ def _product(turned: bool, mode: int) -> Any:
 _set, _add, _scale = (_product(False, mode) for mode in (SET, ADD, SCALE))
 _set_turned, _add_turned, _scale_turned = (_product(True, mode) for mode in (SET, ADD, SCALE))
 
-small = numba.njit(cache=True, error_model="numpy", fastmath=set(FLAGS))
+
+@intrinsic
+def apart(typing):
+    """Keep the function in which this stands out of its callers: less to compile again."""
+
+    def make(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), make
+
+
+small = numba.njit(
+    cache=True, error_model="numpy", fastmath=set(FLAGS), no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 
 @small
 def put(out, A, B, m, n, depth):
     """out = A B"""
+    apart()
     _set(out, A, B, out[0], m, n, depth)
 
 
 @small
 def add(out, A, B, m, n, depth):
     """out += A B"""
+    apart()
     _add(out, A, B, out[0], m, n, depth)
 
 
 @small
 def add_turned(out, A, B, m, n, depth):
     """out += Aᵀ B"""
+    apart()
     _add_turned(out, A, B, out[0], m, n, depth)
 
 
 @small
 def put_turned(out, A, B, m, n, depth):
     """out = Aᵀ B"""
+    apart()
     _set_turned(out, A, B, out[0], m, n, depth)
 
 
 @small
 def scale_add_turned(out, scale, A, B, m, n, depth):
     """out = diag(scale) out + Aᵀ B"""
+    apart()
     _scale_turned(out, A, B, scale, m, n, depth)
 
 
@@ -248,3 +268,59 @@ def transpose_back(out, x, width):
     """out (SIDE, width) = x (width, SIDE)ᵀ"""
     for i in range(0, width, SIDE):
         _turn(out, x, i, 0)
+
+
+@intrinsic
+def _read_decaying(typing, out_q, out_r, keys, decay, q, r, i, wide, late_q, late_r):
+    """Row i of both outs, one pass over the keys (wide, SIDE), whose columns before i decay on the way."""
+
+    def make(context, builder, signature, args):
+        to_q, to_r, key, d, left_q, left_r = (
+            _Matrix(context, builder, t, x) for t, x in zip(signature.args[:6], args[:6], strict=True)
+        )
+        i, wide, late_q, late_r = args[6:]
+        vector = ir.VectorType(key.number, SIDE)
+        places = ir.Constant(ir.VectorType(WORD, SIDE), list(range(SIDE)))
+        past = builder.icmp_signed("<", places, _splat(builder, i, SIDE))
+        ones = ir.Constant(vector, [1.0] * SIDE)
+        before, loop, done = (
+            builder.block,
+            builder.append_basic_block("keys"),
+            builder.append_basic_block("read"),
+        )
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, sum_q, sum_r = builder.phi(WORD), builder.phi(vector), builder.phi(vector)
+        old = key.load(k, _word(0), SIDE)
+        factor = builder.select(past, _splat(builder, builder.load(d.at(i, k)), SIDE), ones)
+        new = builder.fmul(old, factor)
+        key.store(new, k, _word(0), SIDE)
+        sums = []
+        for total, x, late in ((sum_q, left_q, late_q), (sum_r, left_r, late_r)):
+            weight = _splat(builder, builder.load(x.at(i, k)), SIDE)
+            product = builder.fmul(weight, builder.select(late, old, new), flags=FLAGS)
+            sums.append(builder.fadd(total, product, flags=FLAGS))
+        after = builder.add(k, _word(1))
+        k.add_incoming(_word(0), before)
+        k.add_incoming(after, loop)
+        for phi, value in zip((sum_q, sum_r), sums, strict=True):
+            phi.add_incoming(ir.Constant(vector, None), before)
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", after, wide), loop, done)
+        builder.position_at_end(done)
+        to_q.store(sums[0], i, _word(0), SIDE)
+        to_r.store(sums[1], i, _word(0), SIDE)
+        return context.get_dummy_value()
+
+    return types.void(out_q, out_r, keys, decay, q, r, i, wide, late_q, late_r), make
+
+
+@small
+def read_decaying(out_q, out_r, keys, decay, q, r, n, wide, late_q, late_r):
+    """out[i, j] = Σ_k x_ik keys_kj Π_{j < s ≤ i} decay_sk for x = q and r; up to i - 1 only where x is late.
+
+    keys (wide, SIDE) are decayed in place. Columns j > i, and j = i where x is late, hold no meaning.
+    """
+    apart()
+    for i in range(n):
+        _read_decaying(out_q, out_r, keys, decay, q, r, i, wide, late_q, late_r)

@@ -1,12 +1,15 @@
 """The matrix memories outer, delta, dplr and mlstm on a CPU: one kernel, whose state never leaves the cache.
 
-A task is one (batch, head, block of value columns): columns of S do not depend on each other. It walks over time in
-blocks (see block.py) that end at a reset; a block after a reset starts from zeros. The forward keeps the state every
-SEGMENT steps; the backward recomputes the states between from there. Gradients of q, k and what else all columns share
-are summed afterwards in the order of the blocks of columns, so that results are the same on any number of threads.
+A task is one (batch, head, part of the value columns): columns of S do not depend on each other. It walks
+over time in blocks (see block.py) that end at a reset; a block after a reset starts from zeros. The forward
+keeps the state every SEGMENT steps; the backward recomputes the states between. Gradients of q, k and what
+else all columns share are summed afterwards in the order of the parts, so that results are the same on any
+number of threads.
 """
 
 from __future__ import annotations
+
+import math
 
 import numba
 import numpy as np
@@ -16,10 +19,13 @@ from torch import Tensor
 from riverrun.algorithms.chunk import stabilised
 from riverrun.kernels.library import define
 
-from . import block
-from .block import DELTA, DPLR, OUTER, C, small
+from . import block, gradient
+from .block import DELTA, DPLR, OUTER, C, aligned, small
 from .elementary import exp
-from .threads import parallel, use_threads
+from .gemm import apart
+from .threads import FASTMATH, in_threads
+
+compiled = numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=True)
 
 SEGMENT = 64
 TASKS = 8  # wanted at the least
@@ -27,222 +33,233 @@ WIDEST = 80  # value columns of a task
 
 
 @small
-def end_of_block(t, stop, reset):
-    """The first step after t that starts another block."""
-    for i in range(t + 1, min(t + C, stop)):
-        if reset.shape[0] and reset[i]:
-            return i
-    return min(t + C, stop)
+def length(t, stop, reset, i):
+    """Steps of the block that starts at t: up to C, and no further than `stop` or the next reset."""
+    for n in range(1, min(C, stop - t)):
+        if reset.shape[1] and reset[i, t + n]:
+            return n
+    return min(C, stop - t)
 
 
 @small
-def load(rows, slot, x, t, n):
-    """x[t : t + n] (T, width) into the first columns of a row slot."""
-    for i in range(n):
-        for k in range(x.shape[1]):
-            rows[slot, i, k] = x[t + i, k]
+def load(rows, slot, x, i, t, h, lo, width, n):
+    """x[i, t : t + n, h, lo : lo + width] into the first columns of a row slot."""
+    apart()
+    for r in range(n):
+        for c in range(width):
+            rows[slot, r, c] = x[i, t + r, h, lo + c]
 
 
 @small
-def load_keys(mode, q, k, g, a, b, t, n, wide, rows):
-    load(rows, block.Q, q, t, n)
-    load(rows, block.K, k, t, n)
+def store(x, i, t, h, lo, width, n, rows, slot):
+    """The inverse of `load`."""
+    apart()
+    for r in range(n):
+        for c in range(width):
+            x[i, t + r, h, lo + c] = rows[slot, r, c]
+
+
+@small
+def fetch(S, x, i, h, lo, V):
+    """x[i, h, :, lo : lo + V] into the corner of S."""
+    apart()
+    for k in range(x.shape[2]):
+        for c in range(V):
+            S[k, c] = x[i, h, k, lo + c]
+
+
+@small
+def keep(x, i, h, lo, V, S):
+    """The inverse of `fetch`."""
+    apart()
+    for k in range(x.shape[2]):
+        for c in range(V):
+            x[i, h, k, lo + c] = S[k, c]
+
+
+@small
+def copy(to, x, wide, broad):
+    apart()
+    for k in range(wide):
+        for c in range(broad):
+            to[k, c] = x[k, c]
+
+
+@small
+def clear(S, wide, broad):
+    apart()
+    for k in range(wide):
+        for c in range(broad):
+            S[k, c] = 0
+
+
+@small
+def prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares):
+    """Load a block and find what does not depend on the state. One g a head, or none, is spread over keys."""
+    apart()
+    H, K, D = v.shape[2], q.shape[3], g.shape[3]
+    group = h * k.shape[2] // H
+    load(rows, block.Q, q, i, t, h * q.shape[2] // H, 0, K, n)
+    load(rows, block.K, k, i, t, group, 0, K, n)
+    load(rows, block.V, v, i, t, h, lo, V, n)
     if mode == DELTA:
-        load(rows, block.R, k, t, n)
+        load(rows, block.R, k, i, t, group, 0, K, n)
     if mode == DPLR:
-        load(rows, block.R, b, t, n)
-        load(rows, block.A, a, t, n)
-    for i in range(n):
-        if g.shape[1] == 0:
-            rows[block.DECAY, i, :wide] = 1
-        elif g.shape[1] == 1:
-            rows[block.DECAY, i, :wide] = exp(g[t + i, 0])
-        else:
-            for j in range(g.shape[1]):
-                rows[block.DECAY, i, j] = exp(g[t + i, j])
+        load(rows, block.R, b, i, t, h, 0, K, n)
+        load(rows, block.A, a, i, t, h, 0, K, n)
+    load(rows, block.DECAY, g, i, t, h, 0, D, n)
+    for r in range(n):
+        for c in range(D):
+            rows[block.DECAY, r, c] = exp(rows[block.DECAY, r, c])
+        if D < 2:
+            only = rows[block.DECAY, r, 0] if D else rows.dtype.type(1)
+            for c in range(wide):
+                rows[block.DECAY, r, c] = only
+    bonus = u.shape[1] > 0
+    block.decays(mode, bonus, n, wide, rows, squares, D > 1)
+    block.scores(mode, bonus, n, wide, rows, columns, squares, D > 1, u, h)
 
 
 @small
-def scratch(K, V, like):
-    """Rows, columns and squares for keys of width K and values of width V, and both widths as multiples of C."""
-    wide, broad = (K + C - 1) // C * C, (V + C - 1) // C * C
+def scratch(wide, broad, like):
+    """Rows, columns and squares for keys of width `wide` and values of width `broad`."""
+    apart()
     width = max(wide, broad)
-    rows = block.aligned((block.ROWS, C, width), like)
-    columns = block.aligned((block.COLUMNS, width, C), like)
-    return rows, columns, block.aligned((block.SQUARES, C, C), like), wide, broad
+    return (
+        aligned(block.ROWS * C * width, like).reshape((block.ROWS, C, width)),
+        aligned(block.COLUMNS * width * C, like).reshape((block.COLUMNS, width, C)),
+        aligned(block.SQUARES * C * C, like).reshape((block.SQUARES, C, C)),
+    )
 
 
-@small
-def forward_task(mode, q, k, v, g, beta, u, a, b, reset, S0, y, saved):
-    """One head's columns: S0 (K, V) is the first state and becomes the last; saved (segments, K, V) may be empty."""
-    T, K, V = q.shape[0], q.shape[1], v.shape[1]
-    rows, columns, squares, wide, broad = scratch(K, V, q)
-    S = block.aligned((wide, broad), q)
-    S[:K, :V] = S0
-    bonus, by_key = u.shape[0] > 0, g.shape[1] > 1
-    t = 0
-    while t < T:
-        stop = end_of_block(t, min(T, t // SEGMENT * SEGMENT + SEGMENT), reset)
-        n = stop - t
-        if saved.shape[0] and t % SEGMENT == 0:
-            saved[t // SEGMENT] = S[:K, :V]
-        if reset.shape[0] and reset[t]:
-            S[:] = 0
-        load_keys(mode, q, k, g, a, b, t, n, wide, rows)
-        load(rows, block.V, v, t, n)
-        block.decays(mode, bonus, n, wide, rows, squares, by_key)
-        block.scores(mode, bonus, n, wide, rows, columns, squares, by_key, u)
-        block.solve(mode, n, wide, broad, rows, squares, beta[t:], S)
-        block.read(mode, n, wide, broad, rows, squares, S)
-        block.write(mode, n, wide, broad, rows, S)
-        for i in range(n):
-            for j in range(V):
-                y[t + i, j] = rows[block.Y, i, j]
-        t = stop
-    S0[:] = S[:K, :V]
+@compiled
+def _forward(first, step, mode, share, q, k, v, g, beta, u, a, b, reset, S0, y, saved):
+    """Tasks first, first + step, ... S0 (the first state) becomes the last; saved: (B, H segments, K, V)."""
+    (B, T, H, width), K = v.shape, q.shape[3]
+    parts, segments = (width + share - 1) // share, saved.shape[1] // H
+    wide, broad = (K + C - 1) // C * C, share
+    rows, columns, squares = scratch(wide, broad, q)
+    S = aligned(wide * broad, q).reshape((wide, broad))
+    for task in range(first, B * H * parts, step):
+        i, h, lo = task // parts // H, task // parts % H, task % parts * share
+        V = min(share, width - lo)
+        clear(S, wide, broad)
+        clear(rows[block.V], C, broad)  # the last part may be narrower than the one before it
+        fetch(S, S0, i, h, lo, V)
+        t = 0
+        while t < T:
+            n = length(t, min(T, t // SEGMENT * SEGMENT + SEGMENT), reset, i)
+            if segments and t % SEGMENT == 0:
+                keep(saved, i, h * segments + t // SEGMENT, lo, V, S)
+            if reset.shape[1] and reset[i, t]:
+                clear(S, wide, broad)
+            prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares)
+            block.solve(mode, n, wide, broad, rows, squares, beta, i, t, h, S)
+            block.read(mode, n, wide, broad, rows, squares, S)
+            block.write(mode, n, wide, broad, rows, S)
+            store(y, i, t, h, lo, V, n, rows, block.Y)
+            t += n
+        keep(S0, i, h, lo, V, S)
 
 
-@small
-def backward_task(mode, q, k, v, g, beta, u, a, b, reset, saved, dy, dS0, dq, dk, dv, dg, dbeta, du, da, db):
-    """dS0 enters as the gradient of the last state and leaves as that of the first."""
-    T, K, V = q.shape[0], q.shape[1], v.shape[1]
-    rows, columns, squares, wide, broad = scratch(K, V, q)
-    dS = block.aligned((wide, broad), q)
-    dS[:K, :V] = dS0
-    states = block.aligned(
-        (SEGMENT // C + 1, wide, broad), q
-    )  # before each block that does not start from zeros
-    starts, place = np.empty(SEGMENT + 1, np.int64), np.empty(SEGMENT, np.int64)
-    found = block.aligned((2, SEGMENT, broad), q)  # rows X and ERROR of the segment
-    bonus, by_key = u.shape[0] > 0, g.shape[1] > 1
-    for segment in range((T - 1) // SEGMENT, -1, -1):
-        first, last = segment * SEGMENT, min(T, segment * SEGMENT + SEGMENT)
-        blocks, kept, t = 0, 0, first
-        S = states[SEGMENT // C]
-        S[:K, :V] = saved[segment]
-        while t < last:
-            stop = end_of_block(t, last, reset)
-            n = stop - t
-            starts[blocks], place[blocks] = t, kept
-            if reset.shape[0] and reset[t]:
-                S[:] = 0
-                place[blocks] = -1
-            else:
-                states[kept] = S
-                kept += 1
-            blocks += 1
-            if mode or stop < last:
-                load_keys(mode, q, k, g, a, b, t, n, wide, rows)
-                load(rows, block.V, v, t, n)
-                block.decays(mode, bonus, n, wide, rows, squares, by_key)
-                if mode:
-                    block.scores(mode, bonus, n, wide, rows, columns, squares, by_key, u)
-                    block.solve(mode, n, wide, broad, rows, squares, beta[t:], S)
-                    found[0, t - first : stop - first] = rows[block.X, :n, :broad]
-                    found[1, t - first : stop - first] = rows[block.ERROR, :n, :broad]
-                if stop < last:
-                    block.write(mode, n, wide, broad, rows, S)
-            t = stop
-        starts[blocks] = last
-        for which in range(blocks - 1, -1, -1):
-            t, n = starts[which], starts[which + 1] - starts[which]
-            if place[which] < 0:
-                S[:] = 0
-            S_ = states[place[which]] if place[which] >= 0 else S
-            load_keys(mode, q, k, g, a, b, t, n, wide, rows)
-            load(rows, block.V, v, t, n)
-            load(rows, block.Y, dy, t, n)
-            block.decays(mode, bonus, n, wide, rows, squares, by_key)
-            block.scores(mode, bonus, n, wide, rows, columns, squares, by_key, u)
-            if mode:
-                load(rows, block.X, found[0], t - first, n)
-                load(rows, block.ERROR, found[1], t - first, n)
-            block.solve_back(mode, n, wide, broad, rows, squares, beta[t:], dbeta[t:], dS)
-            block.through_state(mode, bonus, n, wide, broad, rows, columns, squares, S_, dS)
-            for i in range(n):
-                rows[block.TAIL, 1, i] = squares[block.DQK, i, i]
-            block.through_pairs(mode, bonus, n, wide, rows, squares, by_key)
-            if g.shape[1]:
-                block.decay_gradient(mode, bonus, n, K, place[which] < 0, rows, dg[t:])
-            if bonus:
-                block.bonus_gradient(n, K, rows, rows[block.TAIL, 1], u, du)
-            for i in range(n):
-                for j in range(K):
-                    dq[t + i, j] = rows[block.DQ, i, j]
-                    dk[t + i, j] = rows[block.DK, i, j] + (rows[block.DRK, i, j] if mode == DELTA else 0)
-                    if mode == DPLR:
-                        da[t + i, j] = rows[block.DA, i, j]
-                        db[t + i, j] = rows[block.DRK, i, j]
-                for j in range(V):
-                    dv[t + i, j] = rows[block.DX, i, j]
-            if place[which] < 0:
-                dS[:] = 0
-    dS0[:] = dS[:K, :V]
-
-
-@parallel
-def _forward(mode, columns, q, k, v, g, beta, u, a, b, reset, S, y, saved):
-    B, H, V = v.shape[0], v.shape[2], v.shape[3]
-    blocks = (V + columns - 1) // columns
-    for task in numba.prange(B * H * blocks):
-        i, h, lo = task // blocks // H, task // blocks % H, task % blocks * columns
-        hi = min(lo + columns, V)
-        forward_task(
-            mode,
-            q[i, :, h * q.shape[2] // H],
-            k[i, :, h * k.shape[2] // H],
-            v[i, :, h, lo:hi],
-            g[i, :, h],
-            beta[i, :, h],
-            u[h],
-            a[i, :, h],
-            b[i, :, h],
-            reset[i],
-            S[i, h, :, lo:hi],
-            y[i, :, h, lo:hi],
-            saved[i, h, :, :, lo:hi],
-        )
-
-
-@parallel
+@compiled
 def _backward(
-    mode, columns, q, k, v, g, beta, u, a, b, reset, saved, dy, dS, dq, dk, dv, dg, dbeta, du, da, db
+    first,
+    step,
+    mode,
+    share,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    u,
+    a,
+    b,
+    reset,
+    saved,
+    dy,
+    dS0,
+    dq,
+    dk,
+    dv,
+    dg,
+    dbeta,
+    du,
+    da,
+    db,
 ):
-    """dq, dk, dg, dbeta, du, da, db have an axis of blocks of columns in front, du one of the batch after it."""
-    B, H, V = v.shape[0], v.shape[2], v.shape[3]
-    blocks = (V + columns - 1) // columns
-    for task in numba.prange(B * H * blocks):
-        i, h, p = task // blocks // H, task // blocks % H, task % blocks
-        lo, hi = p * columns, min(p * columns + columns, V)
-        backward_task(
-            mode,
-            q[i, :, h * q.shape[2] // H],
-            k[i, :, h * k.shape[2] // H],
-            v[i, :, h, lo:hi],
-            g[i, :, h],
-            beta[i, :, h],
-            u[h],
-            a[i, :, h],
-            b[i, :, h],
-            reset[i],
-            saved[i, h, :, :, lo:hi],
-            dy[i, :, h, lo:hi],
-            dS[i, h, :, lo:hi],
-            dq[p, i, :, h],
-            dk[p, i, :, h],
-            dv[i, :, h, lo:hi],
-            dg[p, i, :, h],
-            dbeta[p, i, :, h],
-            du[p, i, h],
-            da[p, i, :, h],
-            db[p, i, :, h],
-        )
+    """dS0 is the gradient of the last state and becomes that of the first. Gradients of what all columns
+    share are sums over one part's columns, of shape (parts B, ...)."""
+    (B, T, H, width), K = v.shape, q.shape[3]
+    parts, segments = (width + share - 1) // share, saved.shape[1] // H
+    wide, broad = (K + C - 1) // C * C, share
+    rows, columns, squares = scratch(wide, broad, q)
+    dS = aligned(wide * broad, q).reshape((wide, broad))
+    # states before the blocks that do not start from zeros; the last but one moves, the last stays zero
+    states = aligned((SEGMENT // C + 2) * wide * broad, q).reshape((SEGMENT // C + 2, wide, broad))
+    S, NONE = states[SEGMENT // C], SEGMENT // C + 1
+    starts, place = np.empty(SEGMENT + 1, np.int64), np.empty(SEGMENT, np.int64)
+    # what was written in the segment, and errors, with the axes of a sequence
+    found = aligned(2 * SEGMENT * broad, q).reshape((2, SEGMENT, 1, broad))
+    for task in range(first, B * H * parts, step):
+        i, h, lo = task // parts // H, task // parts % H, task % parts * share
+        V, at = min(share, width - lo), task % parts * B + i
+        clear(dS, wide, broad)
+        clear(S, wide, broad)
+        clear(rows[block.V], C, broad)  # the last part may be narrower than the one before it
+        clear(rows[block.Y], C, broad)
+        fetch(dS, dS0, i, h, lo, V)
+        for segment in range(segments - 1, -1, -1):
+            start, stop = segment * SEGMENT, min(T, segment * SEGMENT + SEGMENT)
+            fetch(S, saved, i, h * segments + segment, lo, V)
+            blocks, kept, t = 0, 0, start
+            while t < stop:
+                n = length(t, stop, reset, i)
+                starts[blocks], place[blocks] = t, kept
+                if reset.shape[1] and reset[i, t]:
+                    clear(S, wide, broad)
+                    place[blocks] = NONE
+                else:
+                    copy(states[kept], S, wide, broad)
+                    kept += 1
+                blocks += 1
+                prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares)
+                block.solve(mode, n, wide, broad, rows, squares, beta, i, t, h, S)
+                store(found, 0, t - start, 0, 0, broad, n, rows, block.X)
+                store(found, 1, t - start, 0, 0, broad, n, rows, block.ERROR)
+                if t + n < stop:
+                    block.write(mode, n, wide, broad, rows, S)
+                t += n
+            for which in range(blocks - 1, -1, -1):
+                t = starts[which]
+                n = (stop if which == blocks - 1 else starts[which + 1]) - t
+                if which < blocks - 1:
+                    prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares)
+                    load(rows, block.X, found, 0, t - start, 0, 0, broad, n)
+                    load(rows, block.ERROR, found, 1, t - start, 0, 0, broad, n)
+                load(rows, block.Y, dy, i, t, h, lo, V, n)
+                before, fresh = states[place[which]], place[which] == NONE
+                gradient.gradients(
+                    mode, g.shape[3], fresh, n, K, wide, broad, rows, columns, squares,
+                    beta, dbeta, u, du, before, dS, i, at, t, h,
+                )  # fmt: skip
+                store(dq, at, t, h, 0, K, n, rows, block.DQ)
+                store(dk, at, t, h, 0, K, n, rows, block.DK)
+                store(dv, i, t, h, lo, V, n, rows, block.DX)
+                store(dg, at, t, h, 0, g.shape[3], n, rows, block.DG)
+                if mode == DPLR:
+                    store(da, at, t, h, 0, K, n, rows, block.DA)
+                    store(db, at, t, h, 0, K, n, rows, block.DRK)
+                if fresh:
+                    clear(dS, wide, broad)
+        keep(dS0, i, h, lo, V, dS)
 
 
 def _columns(B: int, H: int, V: int) -> int:
     """Value columns a task: as many as fit well, fewer where there would be fewer than TASKS tasks."""
-    blocks = max(-(-V // WIDEST), min(-(-TASKS // (B * H)), -(-V // C)))
-    return -(-(-(-V // blocks)) // C) * C
+    parts = max(math.ceil(V / WIDEST), min(math.ceil(TASKS / (B * H)), math.ceil(V / C)))
+    return math.ceil(V / parts / C) * C
 
 
 def _arrays(q, k, v, g, beta, u, a, b, reset):
@@ -265,63 +282,64 @@ def _mode(beta, a) -> int:
 
 
 def _run(q, k, v, g, beta, u, a, b, state, reset, save):
-    use_threads()
     (B, T, H, V), K = v.shape, k.shape[3]
     S = v.new_zeros(B, H, K, V) if state is None else state.clone(memory_format=torch.contiguous_format)
     y = v.new_empty(v.shape)
-    saved = v.new_empty(B, H, -(-T // SEGMENT) if save else 0, K, V)
+    saved = v.new_empty(B, H * -(-T // SEGMENT) if save else 0, K, V)
+    share = _columns(B, H, V)
     inputs = _arrays(q, k, v, g, beta, u, a, b, reset)
-    _forward(_mode(beta, a), _columns(B, H, V), *inputs, S.numpy(), y.numpy(), saved.numpy())
+    tasks = B * H * -(-V // share) if T > 1 else 1
+    in_threads(_forward, tasks, _mode(beta, a), share, *inputs, *(x.detach().numpy() for x in (S, y, saved)))
     return y, S, saved
 
 
 def _run_backward(q, k, v, g, beta, u, a, b, state, reset, y, S, saved, dy, dS):
-    use_threads()
     (B, T, H, V), K = v.shape, k.shape[3]
-    columns = _columns(B, H, V)
+    share = _columns(B, H, V)
     dy = v.new_zeros(v.shape) if dy is None else dy.contiguous()
     dS = v.new_zeros(B, H, K, V) if dS is None else dS.clone(memory_format=torch.contiguous_format)
     inputs = _arrays(q, k, v, g, beta, u, a, b, reset)
-    parts = -(-V // columns)
+    parts = -(-V // share)
     dv = v.new_empty(v.shape)
-    dq, dk = (v.new_empty(parts, B, T, H, K) for _ in range(2))
-    dg, dbeta, da, db = (v.new_empty(parts, *inputs[i].shape) for i in (3, 4, 6, 7))
-    du = v.new_zeros(parts, B, *inputs[5].shape)
-    outputs = (x.numpy() for x in (dy, dS, dq, dk, dv, dg, dbeta, du, da, db))
-    _backward(_mode(beta, a), columns, *inputs, saved.detach().numpy(), *outputs)
+    dq, dk = (v.new_empty(parts * B, T, H, K) for _ in range(2))
+    dg, dbeta, da, db = (v.new_empty(parts * B, T, H, inputs[i].shape[3]) for i in (3, 4, 6, 7))
+    du = v.new_zeros(parts * B, *inputs[5].shape)
+    arrays = (x.detach().numpy() for x in (saved, dy, dS, dq, dk, dv, dg, dbeta, du, da, db))
+    in_threads(_backward, B * H * parts, _mode(beta, a), share, *inputs, *arrays)
     return (
-        _grouped(dq, q.shape[2]),
-        _grouped(dk, k.shape[2]),
+        _grouped(_sum(dq, parts), q.shape[2]),
+        _grouped(_sum(dk, parts), k.shape[2]),
         dv,
-        None if g is None else _sum(dg).view(g.shape),
-        None if beta is None else _sum(dbeta).view(beta.shape),
-        None if u is None else du.sum((0, 1)),
-        None if a is None else _sum(da),
-        None if b is None else _sum(db),
+        None if g is None else _sum(dg, parts).view(g.shape),
+        None if beta is None else _sum(dbeta, parts).view(beta.shape),
+        None if u is None else du.sum(0),
+        None if a is None else _sum(da, parts),
+        None if b is None else _sum(db, parts),
         None if state is None else dS,
         None,
     )
 
 
-def _sum(parts: Tensor) -> Tensor:
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+def _sum(x: Tensor, parts: int) -> Tensor:
+    """Over the blocks of columns, which stand in front of the batch."""
+    return x if parts == 1 else x.unflatten(0, (parts, -1)).sum(0)
 
 
-def _grouped(parts: Tensor, groups: int) -> Tensor:
-    """Gradients of q or k, summed over blocks of columns and over the heads of a group."""
-    x = _sum(parts)
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """Gradients of q or k, summed over the heads that share a group."""
     return x if x.shape[2] == groups else x.unflatten(2, (groups, -1)).sum(3)
 
 
 def _fake(q, k, v, g, beta, u, a, b, state, reset, save):
     (B, T, H, V), K = v.shape, k.shape[3]
     segments = (T + SEGMENT - 1) // SEGMENT if save else 0
-    return v.new_empty(v.shape), v.new_empty(B, H, K, V), v.new_empty(B, H, segments, K, V)
+    return v.new_empty(v.shape), v.new_empty(B, H, K, V), v.new_empty(B, H * segments, K, V)
 
 
 _matrix = define(
     "matrix_cpu",
-    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? u, Tensor? a, Tensor? b, Tensor? state, Tensor? reset",
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? u, Tensor? a, Tensor? b, "
+    "Tensor? state, Tensor? reset",
     2,
     1,
     "cpu",

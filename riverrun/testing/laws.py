@@ -235,7 +235,7 @@ def bounded(make: Make, row: Row) -> None:
     with torch.no_grad():
         y = instance(make)(inputs(2000))[0].abs()
     early, late = y[:, :200].max(), y[:, 1000:].max()
-    assert late <= 10 * early, f"output grows from {early:.3g} to {late:.3g}"
+    assert late <= 3 * early, f"output grows from {early:.3g} to {late:.3g}"  # a running sum: tenfold
 
 
 def save(make: Make, row: Row) -> None:
@@ -293,7 +293,7 @@ def check(make: Make, row: Row) -> None:
     for name, law in laws_for(row):
         try:
             law(make, row)
-        except AssertionError as error:
+        except Exception as error:  # a law may also be broken by what the mixer or PyTorch raises
             if name not in row.breaks:
                 raise AssertionError(f"law '{name}' ({law.__doc__}): {error}") from error
         else:

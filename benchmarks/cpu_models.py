@@ -20,23 +20,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import multiprocessing
 import os
-import platform
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from peers import LAYERS, PAIRS, VOCABULARY, WIDTH, make
+from cpu_peers import LAYERS, PAIRS, VOCABULARY, WIDTH, make
+from timing import peak_mib, provenance
 from torch import Tensor
 
 LENGTHS, PREFILL, DECODE = (128, 512, 2048), 2048, 20  # tokens
@@ -75,23 +72,22 @@ class Found:
         return self.tokens / self.seconds
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def resident_mib() -> float:
+    """What this process has in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def best(run: Callable[[], object], tokens: int, longest: int = 100) -> Found:
     """The fastest of several runs, which the caller has warmed up, and the growth of the peak of memory."""
     gc.collect()
-    before, seconds, started = resident(), [], time.perf_counter()
+    before, seconds, started = resident_mib(), [], time.perf_counter()
     while len(seconds) < longest and (len(seconds) < 2 or time.perf_counter() - started < SECONDS):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
         if seconds[0] > 5:
             break
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Found(min(seconds), tokens, max(0, peak - before) / 2**20)
+    return Found(min(seconds), tokens, max(0.0, peak_mib() - before))
 
 
 def training(name: str, side: str, T: int) -> Found:
@@ -183,19 +179,9 @@ def row(label: str, ours: Found, theirs: Found | None, expected: float = 0.0) ->
     )
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo").read_text()
-    chip = next(
-        (line.split(":")[1].strip() for line in info.splitlines() if "model name" in line), platform.machine()
-    )
-    names = ("torch", "numba", "transformers")
-    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
-    return f"{chip}, {os.cpu_count()} cores seen; Python {platform.python_version()}, {versions}"
-
-
 def report(names: list[str], threads: list[int]) -> Iterator[str]:
     yield "# Language models on a CPU, beside transformers\n"
-    yield f"{date.today()}. {machine()}. Command: `python {' '.join(sys.argv)}`.\n"
+    yield f"{provenance()}\n\ntransformers {transformers.__version__}.\n"
     yield (
         f"Width {WIDTH}, {LAYERS} layers, vocabulary {VOCABULARY:,}, batch 1, float32; transformers' PyTorch "
         "path; the same weights on both sides. Speeds are in tokens per second. MiB is the growth of the "

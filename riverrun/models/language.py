@@ -66,7 +66,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig):
         super().__init__()
         if config.vocabulary < 1 or config.width < 1:
-            raise ValueError(f"vocabulary = {config.vocabulary} and width = {config.width} must be at least 1")
+            raise ValueError(
+                f"vocabulary = {config.vocabulary} and width = {config.width} must be at least 1"
+            )
         self.config, self.layers = config, layers(config.pattern, config.depth)
         for name in config.mixers:
             if name not in self.layers:

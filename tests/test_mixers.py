@@ -93,7 +93,7 @@ def hgrn2(m, x):
 
 
 def deltanet(m, x):
-    """Yang et al. 2024 (2406.06484) eq. 3: the recurrence by its transition matrix."""
+    """Yang et al. 2024 (2406.06484): the recurrence by its transition matrix."""
     H, K = m.num_heads, WIDTH // m.num_heads
     p = x @ m.inp.weight.T
     qkv, beta = p[:, : 3 * WIDTH], m.max_beta * sigmoid(p[:, 3 * WIDTH :])

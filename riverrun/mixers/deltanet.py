@@ -3,7 +3,7 @@
     q, k, v = silu(conv(W x))    q, k scaled to |q| = K^{-1/2}, |k| = 1    β = b σ(W_b x)
     S_t = S_{t-1} + β_t k_t (v_t - S_{t-1}ᵀ k_t)ᵀ    y = W_o norm(S_tᵀ q_t)
 
-Source: Yang et al. 2024 (arXiv:2406.06484) eq. 3 and sec. 3.3. b = 2 lets a key flip what it reads, with
+Source: Yang et al. 2024 (arXiv:2406.06484) sec. 2.2. b = 2 lets a key flip what it reads, with
 which a state can track parity: Grazzi et al. 2025 (arXiv:2411.12537).
 """
 

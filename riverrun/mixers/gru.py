@@ -20,7 +20,7 @@ from riverrun.nn.shape import gates
 class GRU(nn.Module):
     """arXiv:1406.1078. State: (h (B, H, P),) with P = width / H.
 
-    H = 1 is the ordinary GRU; with more heads, R is block-diagonal (arXiv:2412.07752) and H times smaller.
+    H = 1 is the ordinary GRU; with more heads, R is block-diagonal (FlashRNN, Pöppel et al. 2024) and H times smaller.
     """
 
     def __init__(self, width: int, num_heads: int = 1):

@@ -5,7 +5,7 @@
     h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1), q scaled by K^{-1/2}    y = W_o (norm(h) ⊙ σ(o))
 
 Source: Beck et al. 2024 (xLSTM, arXiv:2405.04517) eq. 19-27; the layer, its soft caps and K = V / 2 are those
-of Beck et al. 2025 (xLSTM 7B, arXiv:2503.13427) sec. 3.
+of Beck et al. 2025 (xLSTM 7B, arXiv:2503.13427).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MLSTM(nn.Module):
         self.width, self.num_heads, self.key_width, self.cap = width, num_heads, K, cap
         self.sizes = (num_heads * K, num_heads * K, width, width, 2 * num_heads)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [q, k, v, o, (i, f)]
-        # write little and keep much at first: the paper's sec. 4.1 of 2503.13427
+        # write little and keep much at first: the paper's way to stable training
         self.gate_bias = nn.Parameter(
             torch.cat([torch.full((num_heads,), -10.0), torch.linspace(3, 6, num_heads)])
         )

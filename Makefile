@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# PyTorch and Numba have a pool of threads each: idle ones must sleep, or they take the cores from the others
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: demo test lint docs bench clean
 
 demo: .venv/installed

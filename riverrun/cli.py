@@ -39,6 +39,9 @@ Device = Annotated[str, typer.Option(callback=device_known, help="cpu or cuda")]
 
 def command(name: str, **arguments: Any) -> None:
     """Import a command's module and run it; what it returns is the exit code, 0 if nothing."""
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # or idle threads of PyTorch and Numba hold each other up
     raise typer.Exit(import_module(f"riverrun.commands.{name}").run(**arguments) or 0)
 
 

@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # each may import what stands before it, and its own folder
 LINE = (
     "state recurrences algorithms kernels signature ops nn mixers models training distributed inference conversion "
-    "tasks claims commands cli"
+    "tasks claims commands cli __main__"
 ).split()
 # beside the line: the last place whose things each of them may import
 BESIDE = {"config": None, "data": "config", "testing": "mixers", "doctor": "mixers"}

@@ -1,12 +1,12 @@
 """The learning rate's factor in [0, 1] over a run: warm-up, then cosine, stable-then-decay, or constant.
 
-    warm-up     (step + 1) / warmup cosine      floor + (1 - floor) (1 + cos π f) / 2
-    f: the part of the budget that is used stable      1, and in the last `decay` of the budget floor + (1 -
-    floor) (1 - sqrt(how much of it is over))
+    warm-up   (step + 1) / warmup
+    cosine    floor + (1 - floor) (1 + cos π f) / 2, where f is the part of the budget that is used
+    stable    1, and in the last `decay` of the budget floor + (1 - floor) (1 - sqrt(how much of it is over))
 
 "stable" needs no known end: a run without a budget stays at 1, and one resumed with a budget decays at the
-end of that. Sources: Loshchilov & Hutter 2017 (arXiv:1608.03983); Hägele et al. 2024 (arXiv:2405.18392) for
-the shape of the decay.
+end of that.
+Sources: Loshchilov & Hutter 2017 (arXiv:1608.03983); Hägele et al. 2024 (arXiv:2405.18392) for the decay.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1 or not 0 <= self.decay <= 1 or self.warmup < 0:
             raise ValueError(
-                f"schedule: floor = {self.floor} and decay = {self.decay} must lie in 0..1, warmup = "
-                f"{self.warmup} "
-                "must not be negative"
+                f"schedule: floor = {self.floor} and decay = {self.decay} must lie in 0..1, "
+                f"warmup = {self.warmup} must not be negative"
             )
 
 

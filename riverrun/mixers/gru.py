@@ -20,7 +20,7 @@ from riverrun.nn.shape import gates
 class GRU(nn.Module):
     """arXiv:1406.1078. State: (h (B, H, P),) with P = width / H.
 
-    H = 1 is the ordinary GRU; with more heads, R is block-diagonal (FlashRNN, Pöppel et al. 2024) and H times smaller.
+    H = 1 is the ordinary GRU. With more, R is block-diagonal, H times smaller: Pöppel et al. 2024.
     """
 
     def __init__(self, width: int, num_heads: int = 1):

@@ -21,7 +21,7 @@ from riverrun.nn.shape import gates
 class LSTM(nn.Module):
     """Hochreiter & Schmidhuber 1997. State: (h (B, H, P), s (B, H, P)) with P = width / H.
 
-    H = 1 is the ordinary LSTM; with more heads, R is block-diagonal (FlashRNN, Pöppel et al. 2024) and H times smaller.
+    H = 1 is the ordinary LSTM. With more, R is block-diagonal, H times smaller: Pöppel et al. 2024.
     """
 
     def __init__(self, width: int, num_heads: int = 1):

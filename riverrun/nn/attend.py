@@ -38,7 +38,8 @@ def attend(
     T, fresh = k.shape[1], state[0] is None
     past, start, filled = begin(k, window) if fresh else checked(state, k, window)
     position = positions(k, past.shape[2] - start, reset)[0]
-    q, k = rotate(q, position, base).transpose(1, 2), rotate(k, position, base)
+    q, k = rotate(torch.cat([q, k], 2), position, base).split([q.shape[2], k.shape[2]], 2)
+    q = q.transpose(1, 2)
     kv, filled = append(past, filled, torch.cat([k, v], 2).transpose(1, 2), None if window else start)
     n = kv.shape[2] - T
     first = torch.arange(n, n + T, device=k.device) - position  # where in kv the document of each step starts

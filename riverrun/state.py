@@ -1,4 +1,4 @@
-"""Functions on states. A state is a tensor, None, or a tuple of states, batch axis first; its caller holds it.
+"""Functions on states. A state is a tensor, None, or a tuple of states, batch axis first.
 
 Nothing else in the library knows how states are nested; mixers and models build them, and these functions
 pick rows, move, measure, save and restore any of them.

@@ -1,4 +1,4 @@
-"""What the dispatcher refuses, chooses and explains, and that every parallel form has the definition's meaning."""
+"""What the dispatcher refuses, chooses and explains, and that every parallel form means the definition."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ PARALLEL = [(op, form, impl) for op, form in ALL for impl in ops.OPS[op].paralle
 
 
 def run(op, case, impl, gradients=True):
-    """Output, final state, and the gradients of Σ |y|² + Σ |state|² to every argument and the initial state."""
+    """Output, final state, and the gradients of Σ |y|² + Σ |state|² to every argument and the first state."""
     args = [None if x is None else x.clone().requires_grad_() for x in case.args]
     state = tree_map(lambda x: x.clone().requires_grad_(), case.state)
     y, end = ops.OPS[op](*args, state=state, reset=case.reset, impl=impl)
@@ -42,7 +42,7 @@ def test_parallel_forms_mean_the_fold(op, form, impl, start):
 def test_parallel_forms_survive_extremes(op, form, impl):
     """Decays of exactly 0 and 1, exponents of a thousand: finite, and still the definition's."""
     case = make(op, form, extreme=True)
-    y, end, grads = run(op, case, impl)
+    y, _, grads = run(op, case, impl)
     y0, _, _ = run(op, case, "sequential")
     close(y, y0, "output", 1e-7)  # sums of terms a hundred times larger cancel: two digits fewer than EXACT
     assert all(torch.isfinite(g).all() for g in grads if g is not None)
@@ -103,7 +103,9 @@ BAD = {
     "wrong rank": (delta(q=torch.randn(2, 5, 10)), ValueError, r"q has shape \(2, 5, 10\).*B T G K"),
     "other T": (delta(k=torch.randn(2, 4, 2, 5)), ValueError, r"k has shape \(2, 4, 2, 5\).*T = 5"),
     "heads that do not divide": (
-        delta(q=torch.randn(2, 5, 3, 5), k=torch.randn(2, 5, 3, 5)), ValueError, "3 q/k heads do not divide 4",
+        delta(q=torch.randn(2, 5, 3, 5), k=torch.randn(2, 5, 3, 5)),
+        ValueError,
+        "3 q/k heads do not divide 4",
     ),
     "integers": (delta(v=torch.ones(2, 5, 4, 3, dtype=torch.long)), TypeError, "v is torch.int64"),
     "complex": (delta(v=torch.ones(2, 5, 4, 3, dtype=torch.complex64)), TypeError, "v is torch.complex64"),
@@ -111,9 +113,9 @@ BAD = {
     "no beta": (delta(beta=None), TypeError, "needs the argument 'beta'"),
     "a stranger": (delta(gamma=torch.ones(1)), TypeError, "'gamma' is not an argument"),
     "another device": (delta(g=torch.zeros(2, 5, 4, device="meta")), ValueError, "g is on meta"),
-    "state of another batch": (delta(state=torch.zeros(3, 4, 5, 3)), ValueError, r"state has shape \(3, 4, 5, 3\)"),
+    "state of another batch": (delta(state=torch.zeros(3, 4, 5, 3)), ValueError, r"state has shape \(3, 4"),
     "state of another op": (delta(state=(torch.zeros(2, 4), None)), ValueError, "state has shape"),
-    "integer state": (delta(state=torch.zeros(2, 4, 5, 3, dtype=torch.long)), TypeError, "state is torch.int64"),
+    "integer state": (delta(state=torch.zeros(2, 4, 5, 3, dtype=torch.long)), TypeError, "torch.int64"),
     "reset of numbers": (delta(reset=torch.zeros(2, 5)), ValueError, "must be bool"),
     "reset of another T": (delta(reset=torch.zeros(2, 4, dtype=torch.bool)), ValueError, r"\(2, 4\)"),
     "unknown impl": (delta(impl="fast"), ValueError, "no implementation 'fast'; it has"),

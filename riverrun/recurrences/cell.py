@@ -1,14 +1,17 @@
 """Nonlinear recurrences, h_t = f(h_{t-1}, x_t), with a recurrent matrix R that is block-diagonal by heads.
 
     p_t = x_t + R h_{t-1} + c, one vector a gate        H = 1 is the ordinary full matrix
-    x: (B, T, gates, H, P)    R: (gates, H, P out, P in)    c: (gates, H, P)    y: (B, T, H, P)    h: (B, H, P)
+    x: (B, T, gates, H, P)    R: (gates, H, P out, P in)    c: (gates, H, P)
+    y: (B, T, H, P)    h: (B, H, P)
 
     elman   h = tanh(p)
-    lstm    i, f, z, o = p:    s = σ(f) ⊙ s + σ(i) ⊙ tanh(z)    h = σ(o) ⊙ tanh(s)                       state (h, s)
+    lstm    i, f, z, o = p:    s = σ(f) ⊙ s + σ(i) ⊙ tanh(z)    h = σ(o) ⊙ tanh(s)
+            state (h, s)
     gru     r, u, z = x:       ρ = σ(r + R_r h + c_r)    υ = σ(u + R_u h + c_u)
                                h = υ ⊙ h + (1 - υ) ⊙ tanh(z + ρ ⊙ (R_z h + c_z))
     slstm   i, f, z, o = p:    φ = log σ(f) + m₋₁    m = max(φ, i)    s = e^{φ-m} s + e^{i-m} tanh(z)
-                               n = e^{φ-m} n + e^{i-m}    h = σ(o) ⊙ s / n        state (h, s, n, m), m starts at -∞
+                               n = e^{φ-m} n + e^{i-m}    h = σ(o) ⊙ s / n
+            state (h, s, n, m), m starts at -∞
 
 Gate order is that of `torch.nn.LSTM` and `torch.nn.GRU`, whose c for the GRU's candidate stands inside ρ as
 here.

@@ -9,7 +9,7 @@
     state: (S (B, H, K, V), n (B, H, K), m (B, H))
 
 m only rescales: S e^m and n e^m do not depend on it, so y does not depend on where m starts (0 here).
-Source: Beck et al. 2024 (xLSTM, arXiv:2405.04517) eq. 19-27 with the stabilisation of eq. 15-17 and appendix A.
+Source: Beck et al. 2024 (xLSTM, arXiv:2405.04517) eq. 19-27, stabilised as in eq. 15-17.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Selective state space: a diagonal recurrence per channel whose step size and maps in and out are data.
 
-    h_t[e, n] = exp(dt_t[e] A[e, n]) h_{t-1}[e, n] + dt_t[e] B_t[n] x_t[e]        y_t[e] = Σ_n C_t[n] h_t[e, n]
+    h_t[e, n] = exp(dt_t[e] A[e, n]) h_{t-1}[e, n] + dt_t[e] B_t[n] x_t[e]
+    y_t[e] = Σ_n C_t[n] h_t[e, n]
 
     x, dt, y: (B, T, E)    A: (E, N), ≤ 0    B, C: (B, T, N)    h: (B, E, N)    dt ≥ 0
 

@@ -1,11 +1,12 @@
-"""Scans, cells, softmax, convolution and norm on a GPU: the doctor's verdicts, then times beside peers and floors.
+"""Scans, cells, softmax, convolution and norm on a GPU: the doctor's verdicts, then times beside peers and
+floors.
 
     python benchmarks/gpu_scans.py [--check] [--time] [--ops diagonal,lstm]      both parts by default
 
-Times are medians over many launches by CUDA events, of the forward pass and of forward and backward together, on
-random inputs. The floor is the bytes an op must move, every input read and output written once, over the bandwidth of
-a large copy measured in the same run. "first call" is the first forward and backward in this process with an empty
-kernel cache. Peers that are not installed are left out and named.
+Times are medians over many launches by CUDA events, of the forward pass and of forward and backward together,
+on random inputs. The floor is the bytes an op must move, every input read and output written once, over the
+bandwidth of a large copy measured in the same run. "first call" is the first forward and backward in this
+process with an empty kernel cache. Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from triton.testing import do_bench
 
 from riverrun import doctor, ops
+from riverrun.kernels.gpu.norm import gated_rms_norm
 from riverrun.recurrences.fold import fold
 from riverrun.testing import inputs
 
@@ -34,14 +36,15 @@ def check(names: list[str]) -> None:
     """The doctor on every op, each in a process of its own: a compiler that aborts ends only its own."""
     for name in names:
         code = (
-            f"from riverrun import doctor; v = doctor.run('cuda', ops=['{name}'], impls=['gpu'], remember=False)\n"
-            "print(doctor.report(v, 'cuda'))"
+            "import torch; from riverrun import doctor; torch.set_num_threads(1)\n"
+            "def say(v): print(doctor.report([v], 'cuda').splitlines()[2], flush=True)\n"
+            f"doctor.run('cuda', ops=['{name}'], impls=['gpu'], remember=False, progress=say)"
         )
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        lines = done.stdout.splitlines() if done.returncode == 0 else done.stderr.splitlines()[-6:]
-        print("\n".join(lines[2:-1] if done.returncode == 0 else [f"{name}: exit {done.returncode}", *lines]))
-        print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+        done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{name}: exit {done.returncode}", *done.stderr.splitlines()[-6:], sep="\n")
+        print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def measure(f) -> float:
@@ -92,7 +95,7 @@ def ours(name: str, args, floor_bytes, rate, note="") -> None:
     start = time.perf_counter()
     leaves = [x.detach().requires_grad_() for x in args if x is not None]
     y, _ = op(*[None if x is None else leaves.pop(0) for x in args], impl="gpu")
-    y.float().abs().sum().backward()
+    y.abs().sum().backward()
     torch.cuda.synchronize()
     first = time.perf_counter() - start
     times = both(lambda *a: op(*a, impl="gpu")[0], args)
@@ -195,32 +198,39 @@ def cells(rate: float) -> None:
     )
 
 
-def decode(names: list[str]) -> None:
-    """One step of every op, captured in a CUDA graph and replayed: the same bits as without, and the time."""
-    for name in names:
-        case = inputs.make(
-            name, inputs.FORMS[name][0], inputs.Size(B=16, T=1, H=12, K=64, V=64, D=2048, N=16, P=64)
-        )
-        case = case.to(torch.bfloat16, DEVICE)
-        op = ops.OPS[name]
-        with torch.no_grad():
-            y, _ = op(*case.args, state=case.state, impl="gpu")
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                z, _ = op(*case.args, state=case.state, impl="gpu")
-            z.zero_()
-            graph.replay()
-            torch.cuda.synchronize()
-            same = torch.equal(y, z)
-            again = all(torch.equal(y, op(*case.args, state=case.state, impl="gpu")[0]) for _ in range(3))
-            replay, eager = (
-                measure(graph.replay),
-                measure(lambda: op(*case.args, state=case.state, impl="gpu")),
-            )
-        print(
-            f"decode {name}: replay {1e3 * replay:.1f} us, eager {1e3 * eager:.1f} us, same bits {same and again}"
-        )
+def norm(rate: float) -> None:
+    shape, group = (8, 4096, 2048), 128
+    for dtype in (torch.bfloat16, torch.float32):
+        x, z, w = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), randn(shape[-1])
+        times = both(lambda x, z, w: gated_rms_norm(x, z, w, group), (x, z, w))
+        row("**gated RMS norm**", shape, dtype, times, [1e3 * n * x.nbytes / rate for n in (3, 8)])
+
+        def eager(x, z, w):
+            u = F.rms_norm(x.float().unflatten(-1, (-1, group)), (group,), eps=1e-6) * w.view(-1, group)
+            return (u.flatten(-2) * F.silu(z.float())).to(x.dtype)
+
+        row("  PyTorch", shape, dtype, both(eager, (x, z, w)))
+
+
+def decode(name: str) -> None:
+    """One step, captured in a CUDA graph and replayed: the same bits as without, and the time."""
+    size = inputs.Size(B=16, T=1, H=12, K=64, V=64, D=2048, N=16, P=64)
+    case = inputs.make(name, inputs.FORMS[name][0], size).to(torch.bfloat16, DEVICE)
+
+    def step():
+        return ops.OPS[name](*case.args, state=case.state, impl="gpu")[0]
+
+    with torch.no_grad():
+        y = step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = step()
+        z.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        same, replay, eager = torch.equal(y, z), measure(graph.replay), measure(step)
+    print(f"step of {name}: replayed {1e3 * replay:.1f} us, eager {1e3 * eager:.1f} us, same bits {same}")
 
 
 PARTS = {
@@ -229,6 +239,7 @@ PARTS = {
     "softmax": softmax,
     "short_conv": short_conv,
     "cells": cells,
+    "norm": norm,
 }
 
 
@@ -246,21 +257,18 @@ def main() -> None:
     if chosen.time or everything:
         rate = bandwidth()
         print(f"{doctor.store.machine('cuda')}; copy {rate / 1e12:.2f} TB/s")
-        print(
-            "| op | shape | dtype | ms forward / + backward | floor | MiB | first call s |\n|---|---|---|---|---|---|---|"
-        )
+        print("| op | shape | dtype | ms forward / + backward | floor | MiB | first call s |")
+        print("|---|---|---|---|---|---|---|")
         for part, run in PARTS.items():
-            if part in names or (part == "cells" and "lstm" in names):
+            if part in names or (part in ("cells", "norm") and "lstm" in names):
                 try:
                     run(rate)
                 except Exception as problem:  # the other parts are still worth their time
                     print(f"{part}: {type(problem).__name__}: {str(problem)[:300]}")
                 gc.collect()
                 torch.cuda.empty_cache()
-        try:
-            decode(names)
-        except Exception as problem:
-            print(f"decode: {type(problem).__name__}: {str(problem)[:300]}")
+        for name in names:
+            decode(name)
     if chosen.check or everything:
         check(names)
 

@@ -110,7 +110,7 @@ def _diagonal(form: str, s: Size, r: Draw) -> Args:
 
 def _selective(form: str, s: Size, r: Draw) -> Args:
     dt = r.between(F.softplus(r.normal(s.B, s.T, s.D) - 1), (0.0, 1e-3, 1.0, 20.0))
-    A = -r.between(4 * r.uniform(s.D, s.N), (0.0, 1e-3, 1.0, 100.0))
+    A = -r.between(4 * r.uniform(s.D, s.N), (0.0, 1e-3, 1.0, 20.0))
     return r.normal(s.B, s.T, s.D, large=10), dt, A, r.normal(s.B, s.T, s.N), r.normal(s.B, s.T, s.N)
 
 
@@ -150,6 +150,15 @@ def _dplr(form: str, s: Size, r: Draw) -> Args:
     return q, k, v, r.log_decay(s.B, s.T, s.H, s.K), -alpha * kappa, kappa
 
 
+def _fastweight(form: str, s: Size, r: Draw) -> Args:
+    """A memory of width P inside. Steps small enough that each descends; extreme: no step, and no memory."""
+    q, k, v = _qkv(s, r, s.H)
+    W1, W2 = r.normal(s.H, s.K, s.P) / s.K**0.5, r.normal(s.H, s.P, s.V) / s.P**0.5
+    lr = r.between(0.1 * r.uniform(s.B, s.T, s.H), (0.0, 1e-4))
+    g = r.log_decay(s.B, s.T, s.H) if form == "decay" else None
+    return q, k, v, W1, W2, lr, g, r.log_decay(s.B, s.T, s.H) - 0.1, None
+
+
 def _softmax(form: str, s: Size, r: Draw) -> Args:
     return 3 * r.normal(s.B, s.T, s.H, large=100), r.normal(s.B, s.T, s.H, s.V, large=100)
 
@@ -177,6 +186,7 @@ MAKERS: dict[str, tuple[tuple[str, ...], Callable[[str, Size, Draw], Args]]] = {
     "mlstm": (("head",), _mlstm),
     "delta": (("none", "head", "key"), _delta),
     "dplr": (("key",), _dplr),
+    "fastweight": (("none", "decay"), _fastweight),
     "softmax": (("head",), _softmax),
     "short_conv": (("bias", "no bias"), _short_conv),
     "elman": (("bias", "no bias"), _cell(1)),

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cells, conv, scan, softmax
+from . import cells, conv, scan, selective, softmax
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "diagonal": scan.diagonal,
+    "selective": selective.selective,
     "softmax": softmax.softmax,
     "short_conv": conv.short_conv,
     "elman": cells.elman,

@@ -2,9 +2,9 @@
 
     y_t = c + Σ_j w[W-1-j] x_{t-j}        dx_t = Σ_j w[W-1-j] dy_{t+j}        dw[W-1-j] = Σ_t dy_t x_{t-j}
 
-with x before time 0 from the state, and no tap across a reset. Time -(W - 1) … -1 of dx is the state's gradient, and
-the gradient of the last state joins the dx of its last W - 1 inputs. A program takes a block of channels and a stretch
-of time; its parts of dw and dc are summed afterwards in a fixed order.
+with x before time 0 from the state, and no tap across a reset. Time -(W - 1) … -1 of dx is the state's
+gradient, and the gradient of the last state joins the dx of its last W - 1 inputs. A program takes a block of
+channels and a stretch of time; its parts of dw and dc are summed afterwards in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .launch import DEVICE
 from .tiles import flat
 
 WIDEST = 32  # taps
-STRETCH = 512  # steps a program of the backward pass
+STRETCH = 128  # steps a program of the backward pass
 
 
 @triton.jit
@@ -45,9 +45,8 @@ def _keep(x, state, reset, tail, row, d, D, T, W: tl.constexpr):
     one = tl.zeros([1, 1], tl.int32)
     seen = tl.full([1, 1], 1, tl.int1)
     for j in tl.static_range(W - 1):
-        if reset is not None:
-            if j > 0:
-                seen = seen & (_cut(reset, row, T - j + one, T) == 0)
+        if reset is not None and j > 0:
+            seen = seen & (_cut(reset, row, T - j + one, T) == 0)
         value = tl.where(seen, _inputs(x, state, row, T - 1 - j + one, d, D, T, W), 0.0)
         tl.store(tail + (row * (W - 1) + W - 2 - j) * D + d, value, mask=d < D)
 
@@ -64,9 +63,8 @@ def _forward(x, w, c, state, reset, y, tail, D, T, W: tl.constexpr, TIMES: tl.co
     seen = tl.full([TIMES, 1], 1, tl.int1)
     for j in tl.static_range(W):
         value = _inputs(x, state, row, t - j, d, D, T, W)
-        if reset is not None:
-            if j > 0:
-                seen = seen & (_cut(reset, row, t - j + 1, T) == 0)
+        if reset is not None and j > 0:
+            seen = seen & (_cut(reset, row, t - j + 1, T) == 0)
             value = tl.where(seen, value, 0.0)
         total += value * tl.load(w + d * W + (W - 1 - j), mask=d < D, other=0.0).to(tl.float32)
     tl.store(y + (row * T + t) * D + d, total.to(y.dtype.element_ty), mask=(t < T) & (d < D))
@@ -82,9 +80,8 @@ def _gradient(w, reset, dy, dtail, row, t, d, D, T, W: tl.constexpr):
     for j in tl.static_range(W):
         s = t + j
         g = tl.load(dy + (row * T + s) * D + d, mask=(s >= 0) & (s < T) & (d < D), other=0.0).to(tl.float32)
-        if reset is not None:
-            if j > 0:
-                seen = seen & (_cut(reset, row, s, T) == 0)
+        if reset is not None and j > 0:
+            seen = seen & (_cut(reset, row, s, T) == 0)
             g = tl.where(seen, g, 0.0)
         total += g * tl.load(w + d * W + (W - 1 - j), mask=d < D, other=0.0).to(tl.float32)
     if dtail is not None:
@@ -129,9 +126,11 @@ def _backward(
 
 
 def _tile(x: Tensor) -> dict:
-    """Rows of 16-byte loads a warp wide, sixteen times a program."""
-    C = min(triton.next_power_of_2(x.shape[2]), 512 // x.element_size())
-    return {"TIMES": min(16, triton.next_power_of_2(x.shape[1])), "C": C, "num_warps": 4}
+    """Threads along channels only, 16 bytes each, so that sums over a tile's times stay in the thread."""
+    vector = 16 // x.element_size()
+    C = min(triton.next_power_of_2(x.shape[2]), 128 * vector)
+    times = min(8 if vector == 4 else 4, triton.next_power_of_2(x.shape[1]))
+    return {"TIMES": times, "C": C, "num_warps": max(1, C // (32 * vector))}
 
 
 def _run(x, w, c, state, reset, save):

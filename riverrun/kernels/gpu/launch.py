@@ -1,4 +1,5 @@
-"""Where these kernels run: on CUDA devices, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1), for tests."""
+"""Where these kernels run: on CUDA devices, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1),
+for tests."""
 
 import triton
 

@@ -92,6 +92,7 @@ def _enter(start, ends, row, piece, pieces, c, D, COMPLEX: tl.constexpr):
 def _forward(
     a, b, start, reset, ends, y, final, T, D, LENGTH,
     S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, COMPLEX: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks, B, pieces of LENGTH steps). SUMMARY writes (product, end) to `ends` and no y."""
     c, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1).to(tl.int64)
@@ -100,30 +101,23 @@ def _forward(
     t = tl.arange(0, S)[:, None] * L + tl.arange(0, L)[None, :]
     begin = piece * LENGTH
     end = tl.minimum(T, begin + LENGTH)
-    base = (row * T + begin) * D
     at, here = t[:, :, None] * D + c[None, None, :], (c < D)[None, None, :]
     hr, hi = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     pr, pi = tl.full([C], 1.0, tl.float32), tl.zeros([C], tl.float32)
     if not SUMMARY:
         hr, hi = _enter(start, ends, row, piece, pieces, c, D, COMPLEX)
-    inside = (begin + t < end)[:, :, None] & here
-    ar, ai = _get(a, base, at, inside, 1.0, COMPLEX)
-    br, bi = _get(b, base, at, inside, 0.0, COMPLEX)
-    for t0 in range(begin, end, S * L):
+    for t0 in tl.range(begin, end, S * L, num_stages=STAGES):
+        base, inside = (row * T + t0) * D, (t0 + t < end)[:, :, None] & here
+        ar, ai = _get(a, base, at, inside, 1.0, COMPLEX)
+        br, bi = _get(b, base, at, inside, 0.0, COMPLEX)
         if reset is not None:
             cut = flags(reset, row * T + t0 + t, t0 + t < end)[:, :, None]
             ar, ai = tl.where(cut, 0.0, ar), tl.where(cut, 0.0, ai)
-        later = base + S * L * D
-        ahead = (t0 + S * L + t < end)[:, :, None] & here
-        next_ar, next_ai = _get(a, later, at, ahead, 1.0, COMPLEX)
-        next_br, next_bi = _get(b, later, at, ahead, 0.0, COMPLEX)
         yr, yi, hr, hi, tr, ti = _tile_sweep(ar, ai, br, bi, hr, hi, COMPLEX)
         if SUMMARY:
             pr, pi = _times(tr, ti, pr, pi, COMPLEX)
         else:
-            _put(y, base, at, (t0 + t < end)[:, :, None] & here, yr, yi, COMPLEX)
-        base = later
-        ar, ai, br, bi = next_ar, next_ai, next_br, next_bi
+            _put(y, base, at, inside, yr, yi, COMPLEX)
     if SUMMARY:
         out = (row * pieces + piece) * 2 * D
         _put(ends, out, c, c < D, pr, pi, COMPLEX)
@@ -136,6 +130,7 @@ def _forward(
 def _backward(
     a, y, start, reset, ends, dy, dfinal, da, db, dstart, T, D, LENGTH,
     S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, COMPLEX: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `_forward`, with u = T - 1 - t for time: the decay into step u is ā_{t+1}, and what enters is
     dy_t."""
@@ -149,7 +144,7 @@ def _backward(
     pr, pi = tl.full([C], 1.0, tl.float32), tl.zeros([C], tl.float32)
     if not SUMMARY:
         gr, gi = _enter(dfinal, ends, row, piece, pieces, c, D, COMPLEX)
-    for u0 in range(begin, end, S * L):
+    for u0 in tl.range(begin, end, S * L, num_stages=STAGES):
         t = T - 1 - (u0 + u)
         live = u0 + u < end
         inside = live[:, :, None] & here
@@ -194,16 +189,17 @@ def _backward(
 def _plan(b: Tensor):
     """Tile, grid, steps a piece and room for the pieces' ends."""
     B, T, D = b.shape
-    size = b.element_size() // (2 if b.is_complex() else 1)
-    S, L, C, warps = shape(T, D, 4 if b.is_complex() else size, B, registers=4 if b.is_complex() else 8)
+    # channels of one load, which a thread keeps together
+    vector = 1 if b.is_complex() else 16 // b.element_size()
+    S, L, C, warps = shape(T, D, B, vector, 8 if b.element_size() > 2 else 4)
     blocks = triton.cdiv(D, C)
     # a piece is worth a second reading of a and b when most of the chip would stand idle
-    pieces = max(1, min(32, 256 // (B * blocks), T // (2 * S * L)))
+    pieces = max(1, min(32, 400 // (B * blocks), T // (2 * S * L)))
     length = triton.cdiv(triton.cdiv(T, pieces), S * L) * S * L
     pieces = triton.cdiv(T, length)
     wide = torch.complex64 if b.is_complex() else torch.float32
     ends = b.new_empty(B, pieces, 2, D, dtype=wide) if pieces > 1 else None
-    tile = {"S": S, "L": L, "C": C, "COMPLEX": b.is_complex(), "num_warps": warps}
+    tile = {"S": S, "L": L, "C": C, "COMPLEX": b.is_complex(), "num_warps": warps, "STAGES": 3}
     return (blocks, B, pieces), length, ends, tile
 
 

@@ -1,18 +1,22 @@
 """The softmax triple on a GPU: running maximum, weight and weighted sum, and its gradients. See `tiles`.
 
-A program takes one head with all its values and streams tiles of time. A scan gives the maxima; with them known,
-d_t = e^{m_{t-1} - m_t} ≤ 1 and w_t = e^{s_t - m_t} ≤ 1 make c and a linear recurrences. Every value's thread computes
-the m and c of its head again: a scan of one number a step would leave most threads idle anyway.
+A program takes one head with all its values and streams tiles of time. A scan gives the maxima; with them
+known, d_t = e^{m_{t-1} - m_t} ≤ 1 and w_t = e^{s_t - m_t} ≤ 1 make c and a linear recurrences. Every value's
+thread computes the m and c of its head again: a scan of one number a step would leave most threads idle
+anyway.
 
 Backward, with D_t = e^{m_t - m_{t+1}} c_t / c_{t+1} ≤ 1 and p_t = w_t / c_t ≤ 1:
 
     Z_t = dy_t + D_t Z_{t+1}        e_t = (y_t - y_{t+1}) · (Z_t - dy_t) + D_t e_{t+1}
     dv_t = p_t Z_t                  ds_t = p_t ((v_t - y_t) · Z_t + e_t) + ρ_t f_t
 
-where e_t is y_t · Z_t less the decayed sum of all later dy · y, in differences that are small when they should be.
+where e_t is y_t · Z_t less the decayed sum of all later dy · y, in differences that are small when they
+should be. They need more digits of y than half precision keeps, so forward saves what rounding took from y,
+in the same dtype.
 
-y does not depend on m; the last m, c and a do. What they ask of the last m, μ = dm - c dc - a · da, goes to the step
-that set it: ρ starts as μ at the end and each step keeps the share f_t, 1 if s_t > m_{t-1}, ½ if equal, else 0.
+y does not depend on m; the last m, c and a do. What they ask of the last m, μ = dm - c dc - a · da, goes to
+the step that set it: ρ starts as μ at the end and each step keeps the share f_t, 1 if s_t > m_{t-1}, ½ if
+equal, else 0.
 """
 
 from __future__ import annotations
@@ -60,8 +64,9 @@ def _maxima(s, cut, carry):
 
 @triton.jit
 def _forward(
-    s, v, m0, c0, a0, reset, y, m1, c1, a1, ms, cs_, T, V,
+    s, v, m0, c0, a0, reset, y, m1, c1, a1, ms, cs_, rest, T, V,
     H: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SAVE: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """Grid (B·H). SAVE writes m and c of each step, (B, T, H)."""
     bh, cols = tl.program_id(0), tl.arange(0, C)
@@ -85,8 +90,12 @@ def _forward(
         write = tl.where(inside, tl.exp(s_ - top), 0.0)
         cs, c, _ = sweep(decay, write, c)
         as_, a, _ = sweep(decay, write * v_, a)
-        out = (as_ / cs).to(y.dtype.element_ty)
+        exact = as_ / cs
+        out = exact.to(y.dtype.element_ty)
         tl.store(y + at * V + u * (H * V) + cols, out, mask=inside & (cols < V))
+        if SAVE and HALF:
+            lost = (exact - out.to(tl.float32)).to(y.dtype.element_ty)
+            tl.store(rest + at * V + u * (H * V) + cols, lost, mask=inside & (cols < V))
         if SAVE:
             tl.store(ms + at + u * H, top, mask=inside & (cols == 0))
             tl.store(cs_ + at + u * H, cs, mask=inside & (cols == 0))
@@ -103,8 +112,8 @@ def _share(s, before):
 
 @triton.jit
 def _backward(
-    s, v, m0, c0, a0, reset, y, c1, a1, ms, cs, dy, dm1, dc1, da1, ds, dv, dm0, dc0, da0, T, V,
-    H: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
+    s, v, m0, c0, a0, reset, y, c1, a1, ms, cs, rest, dy, dm1, dc1, da1, ds, dv, dm0, dc0, da0, T, V,
+    H: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """As `_forward`, with u = T - 1 - t for time."""
     bh, cols = tl.program_id(0), tl.arange(0, C)
@@ -146,6 +155,9 @@ def _backward(
         v_ = tl.load(v + where, mask=inside & some, other=0.0).to(tl.float32)
         y_ = tl.load(y + where, mask=inside & some, other=0.0).to(tl.float32)
         next_y = tl.load(y + where + H * V, mask=after & some, other=0.0).to(tl.float32)
+        if HALF:
+            y_ += tl.load(rest + where, mask=inside & some, other=0.0).to(tl.float32)
+            next_y += tl.load(rest + where + H * V, mask=after & some, other=0.0).to(tl.float32)
         dy_ = tl.load(dy + where, mask=inside & some, other=0.0).to(tl.float32)
         Zs, Z, _ = sweep(decay, dy_, Z)
         more = tl.sum(tl.where(after, (y_ - next_y) * (Zs - dy_), 0.0), 2)[:, :, None]
@@ -164,6 +176,8 @@ def _backward(
         Z, e = weight * Z, weight * e
         tl.store(da0 + wide, Z, mask=some)
         y_ = tl.load(y + first * V + cols, mask=some, other=0.0).to(tl.float32)
+        if HALF:
+            y_ += tl.load(rest + first * V + cols, mask=some, other=0.0).to(tl.float32)
         tl.store(dc0 + bh + same, e - tl.sum(y_ * Z, 0), mask=cols == 0)
         # of the weights' share, then of the maximum's
         c, a = tl.load(c0 + bh + same), tl.load(a0 + wide, mask=some, other=0.0)
@@ -172,14 +186,17 @@ def _backward(
 
 
 def _tile(s: Tensor, v: Tensor) -> dict:
-    """As many segments as threads can hold of rows of V values, and four steps a segment."""
+    """As many segments as the threads hold rows of V values at once, and sixteen numbers a thread."""
     B, T, H, V = v.shape
-    C = triton.next_power_of_2(V)
+    C, vector = triton.next_power_of_2(V), 16 // v.element_size()
     warps = 8 if B * H < 200 else 4
-    steps = triton.next_power_of_2(T)
-    S = min(max(warps * 128 // C, 1), steps)
-    L = min(4, max(steps // S, 1))
-    return {"H": H, "S": S, "L": L, "C": C, "num_warps": warps}
+    whole = triton.next_power_of_2(T)
+    S = min(max(warps * 32 * vector // C, 1), whole)
+    L = min(16 // vector, max(whole // S, 1))
+    while warps > 1 and S * C < warps * 32 * vector:
+        warps //= 2
+    half = v.dtype.itemsize == 2
+    return {"H": H, "S": S, "L": L, "C": C, "HALF": half, "num_warps": warps}
 
 
 def _run(s, v, m, c, a, reset, save):
@@ -190,14 +207,14 @@ def _run(s, v, m, c, a, reset, save):
     return made
 
 
-def _run_backward(s, v, m, c, a, reset, y, m1, c1, a1, ms, cs, dy, dm1, dc1, da1):
+def _run_backward(s, v, m, c, a, reset, y, m1, c1, a1, ms, cs, rest, dy, dm1, dc1, da1):
     B, T, H, V = v.shape
     dy = torch.zeros_like(y) if dy is None else dy
     out = [
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (s, v, m, c, a)
     ]
-    inputs = tuple(flat(x) for x in (s, v, m, c, a, reset, y, c1, a1, ms, cs, dy, dm1, dc1, da1))
+    inputs = tuple(flat(x) for x in (s, v, m, c, a, reset, y, c1, a1, ms, cs, rest, dy, dm1, dc1, da1))
     _backward[(B * H,)](*inputs, *out, T, V, **_tile(s, v))
     return *out, None
 
@@ -206,12 +223,13 @@ def _fake(s, v, m, c, a, reset, save):
     B, T, H, V = v.shape
     state = [v.new_empty(shape, dtype=torch.float32) for shape in ((B, H), (B, H), (B, H, V))]
     saved = [v.new_empty((B, T, H) if save else (0,), dtype=torch.float32) for _ in range(2)]
-    return v.new_empty(B, T, H, V), *state, *saved
+    rest = v.new_empty((B, T, H, V) if save and v.dtype.itemsize == 2 else (0,))
+    return v.new_empty(B, T, H, V), *state, *saved, rest
 
 
 _softmax = define(
     "softmax_gpu", "Tensor s, Tensor v, Tensor? m, Tensor? c, Tensor? a, Tensor? reset",
-    4, 2, DEVICE, _run, _run_backward, _fake,
+    4, 3, DEVICE, _run, _run_backward, _fake,
 )  # fmt: skip
 
 
@@ -224,5 +242,5 @@ def softmax(s: Tensor, v: Tensor, state=None, reset: Tensor | None = None):
 def refuses(v: Tensor) -> str | None:
     """Why no program can hold a row of values, or None."""
     if v.shape[-1] > WIDEST:
-        return f"V = {v.shape[-1]} values a head are more than the {WIDEST} that one program holds; use more heads"
+        return f"V = {v.shape[-1]} values a head are more than the {WIDEST} of one program; use more heads"
     return None

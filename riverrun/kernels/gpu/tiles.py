@@ -13,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-THREADS = 128
-
 
 @triton.jit
 def _join(a1, b1, a2, b2):
@@ -69,6 +67,31 @@ def sweep(a, b, carry):
 
 
 @triton.jit
+def first(x, AXIS: tl.constexpr):
+    """The first entry, as `last`."""
+    if AXIS == 1:
+        i = tl.arange(0, x.shape[1])[None, :, None]
+    else:
+        i = tl.arange(0, x.shape[0])[:, None]
+    return tl.sum(tl.where(i == 0, x, 0), AXIS)
+
+
+@triton.jit
+def sweep_before(a, b, carry, AGAINST: tl.constexpr):
+    """The h that enters each step of a tile, with time or AGAINST it, and the h that leaves the tile (C)."""
+    one, zero = tl.full(a.shape, 1.0, tl.float32), tl.zeros(a.shape, tl.float32)
+    inner_a, inner_b, p, q = tl.associative_scan((a, b, one, zero), 1, _join_before, reverse=AGAINST)
+    seg_a, seg_b = (first(inner_a, 1), first(inner_b, 1)) if AGAINST else (last(inner_a, 1), last(inner_b, 1))
+    one, zero = tl.full(seg_a.shape, 1.0, tl.float32), tl.zeros(seg_a.shape, tl.float32)
+    through_a, through_b, before_a, before_b = tl.associative_scan(
+        (seg_a, seg_b, one, zero), 0, _join_before, reverse=AGAINST
+    )
+    enter = (before_a * carry[None, :] + before_b)[:, None, :]
+    end = through_a * carry[None, :] + through_b
+    return p * enter + q, first(end, 0) if AGAINST else last(end, 0)
+
+
+@triton.jit
 def sweep_complex(ar, ai, br, bi, cr, ci):
     """`sweep` on real and imaginary parts: h, carry and product, each as two tensors."""
     iar, iai, ibr, ibi = tl.associative_scan((ar, ai, br, bi), 1, _join_complex)
@@ -90,21 +113,19 @@ def flags(reset, at, inside):
     return tl.load(reset + at, mask=inside, other=0) != 0
 
 
-def shape(T: int, channels: int, itemsize: int, batch: int, widest: int = 64, registers: int = 8):
-    """(S, L, C, warps) by rule: 16-byte loads, whole sectors, and programs enough to fill the chip.
+def shape(T: int, channels: int, batch: int, vector: int, steps: int) -> tuple[int, int, int, int]:
+    """(S, L, C, warps) by rule: every thread one load of `vector` channels wide and at most `steps` deep.
 
-    `registers` is the number of steps a thread holds of 4-byte channels.
+    C is as wide as leaves a program for every multiprocessor, and sixteen at least. S · C is what the threads
+    hold at once, so that none of a segment's steps go to another thread.
     """
-    vector = 16 // itemsize
-    C = min(widest, max(triton.next_power_of_2(channels), 2))
-    narrowest = max(64 // itemsize, 1)  # two sectors
-    while C > narrowest and batch * triton.cdiv(channels, C) < 200:
+    C = min(64, max(triton.next_power_of_2(channels), 2))
+    while C > 16 and batch * triton.cdiv(channels, C) < 200:
         C //= 2
-    warps = 8 if batch * triton.cdiv(channels, C) < 200 else 4
-    steps = triton.next_power_of_2(T)
-    S = max(1, min(warps * 32 * vector // C, steps))
-    L = max(1, min(registers * itemsize // 4, steps // S))
-    while warps > 1 and S * L * C <= warps * 16:
+    warps, whole = 4, triton.next_power_of_2(T)
+    S = max(1, min(warps * 32 * vector // C, whole))
+    L = max(1, min(steps, whole // S))
+    while warps > 1 and warps * 32 * vector > S * C:
         warps //= 2
     return S, L, C, warps
 

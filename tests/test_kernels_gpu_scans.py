@@ -1,0 +1,154 @@
+"""Scans, cells, softmax, convolution and norm in Triton. Needs a GPU, or TRITON_INTERPRET=1 for tiny sizes on
+a CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
+
+from riverrun import doctor, ops
+from riverrun.kernels.gpu import KERNELS, norm
+from riverrun.kernels.gpu.launch import DEVICE
+from riverrun.state import leaves
+from riverrun.testing import inputs
+from riverrun.testing.inputs import Size
+
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+
+NAMES = ("diagonal", "selective", "softmax", "short_conv", "elman", "lstm", "gru", "slstm")
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no GPU")
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels have their own tests")
+
+
+def run(name: str, case: inputs.Case):
+    return KERNELS[name](*case.args, state=case.state, reset=case.reset)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_doctor_passes(name, dtype):
+    """Outputs, states and all gradients, random and extreme, within the bounds derived in `doctor`."""
+    (found,) = doctor.run("cuda", ops=[name], dtypes=[dtype], impls=["gpu"], remember=False)
+    print(found.line)
+    assert found.verdict == "pass", found.line
+
+
+@interpreted
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted(name, monkeypatch):
+    """The same statement where there is no GPU, on sizes that Triton's interpreter can bear."""
+    op = ops.OPS[name]
+    kernel = ops.Kernel(KERNELS[name], "cpu", lambda name, args: None, half=True)
+    monkeypatch.setitem(op.kernels, "gpu", kernel)
+    for case in inputs.cases(name, Size(B=2, T=9, H=2, K=3, V=3, D=3, N=2, P=3)):
+        case = case.to(torch.float32)
+        truth, scales, bounds = doctor.definition(op, case, torch.float32)
+        found, _ = doctor.outcome(op, case, "gpu")
+        for what, x in truth.items():
+            assert doctor.distance(found[what], x, scales[what]) <= bounds[what], what
+
+
+@on_gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_same_input_same_bits(name):
+    """There are no atomics: outputs and gradients of two runs are equal to the last bit."""
+    case = inputs.make(name, inputs.FORMS[name][0], Size(B=4, T=700, D=96, P=64)).to(torch.bfloat16, DEVICE)
+    first, second = (doctor.outcome(ops.OPS[name], case, "gpu")[0] for _ in range(2))
+    for what, x in first.items():
+        assert torch.equal(x, second[what]), what
+
+
+@on_gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_captured_in_a_graph(name):
+    case = inputs.make(name, inputs.FORMS[name][0], Size(B=4, T=1, D=96, P=64)).to(torch.bfloat16, DEVICE)
+    with torch.no_grad():
+        expected, state = run(name, case)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, after = run(name, case)
+        y.zero_()
+        graph.replay()
+    assert torch.equal(y, expected)
+    for a, b in zip(leaves(after), leaves(state), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sequence_continues_from_its_state(name):
+    """One call of T steps equals two calls: the same sums in tiles of other sizes, so float32 rounding
+    apart."""
+    size = Size(T=9, D=3, P=3) if DEVICE == "cpu" else Size(T=300, D=96, P=64)
+    case = inputs.make(name, inputs.FORMS[name][0], size).to(torch.float32, DEVICE)
+    sequence = [ops.OPS[name].recurrence.is_sequence(n) for n in ops.OPS[name].signature.names]
+    cut = size.T // 3
+
+    def part(time: slice):
+        args = [x[:, time] if s and x is not None else x for x, s in zip(case.args, sequence, strict=True)]
+        return replace(case, args=tuple(args), reset=case.reset[:, time])
+
+    whole, _ = run(name, case)
+    head, state = run(name, part(slice(None, cut)))
+    tail, _ = run(name, replace(part(slice(cut, None)), state=state))
+    scale = whole.abs().max()
+    torch.testing.assert_close(torch.cat([head, tail], 1) / scale, whole / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gated_norm(before, shared):
+    """Against PyTorch in float64; a group is a sum of at most 96 float32 terms, so 2e-6 is some 30
+    roundings."""
+    width, group = (12, 4) if DEVICE == "cpu" else (480, 96)
+    generator = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(3, 50, width, generator=generator) for _ in range(2))
+    w = torch.randn(group if shared else width, generator=generator)
+    ours = [v.to(DEVICE).requires_grad_() for v in (x, z, w)]
+    exact = [v.double().requires_grad_() for v in (x, z, w)]
+    gate = F.silu(exact[1])
+    u = exact[0] * gate if before else exact[0]
+    n = F.rms_norm(u.unflatten(-1, (-1, group)), (group,), eps=1e-6) * exact[2].view(-1, group)
+    y = n.flatten(-2) if before else n.flatten(-2) * gate
+    dy = torch.randn(y.shape, generator=generator)
+    found = norm.gated_rms_norm(*ours, group=group, before=before)
+    pairs = zip(
+        (found, *torch.autograd.grad(found, ours, dy.to(DEVICE))),
+        (y, *torch.autograd.grad(y, exact, dy.double())),
+        strict=True,
+    )
+    for a, b in pairs:
+        a, b = a.detach().cpu().double(), b.detach()
+        assert float((a - b).abs().max() / b.abs().max()) < 2e-6
+
+
+@on_gpu
+def test_refusals_name_the_reason():
+    x, R = torch.zeros(1, 2, 4, 1, 768, device=DEVICE), torch.zeros(4, 1, 768, 768, device=DEVICE)
+    assert "more heads" in ops.explain("lstm", x, R)
+    a = torch.zeros(1, 2, 3, device=DEVICE, dtype=torch.float64)
+    assert "float64" in ops.explain("diagonal", a, a)
+
+
+@on_gpu
+def test_mixed_dtypes_and_strides():
+    """Decays in float32 beside bfloat16 inputs, as models make them, transposed in memory."""
+    a = torch.rand(2, 40, 33, device=DEVICE).transpose(1, 2).requires_grad_()
+    b = torch.randn(2, 40, 33, device=DEVICE).bfloat16().transpose(1, 2).requires_grad_()
+    y, h = ops.diagonal(a, b, impl="gpu")
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    expected, _ = ops.diagonal(a, b, impl="sequential")
+    torch.testing.assert_close(y, expected)  # bfloat16's default tolerance: a rounding or two
+    da, db = torch.autograd.grad(y.float().sum(), (a, b))
+    assert da.dtype == torch.float32 and db.dtype == torch.bfloat16
+
+
+@on_gpu
+def test_compiles_into_one_graph():
+    case = inputs.make("lstm", "bias", Size(T=7, P=16)).to(torch.float32, DEVICE)
+    compiled = torch.compile(lambda *a: ops.lstm(*a)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*case.args), ops.lstm(*case.args)[0])

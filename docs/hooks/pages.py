@@ -3,6 +3,7 @@
 
     mixers      a table of every row of MIXERS, then each with its equations, state and golden numbers
     laws        every law's sentence, and which mixers do not keep it
+    recurrences the equations of every recurrence that an op stands on, from its module's docstring
     ops         every op with its arguments' axes and its implementations
     settings    every setting of a training run with its default
     cli         what `riverrun --help` and each command's --help print
@@ -94,12 +95,25 @@ def laws() -> Iterator[str]:
                 yield f"- [`{mixer}`](mixers.md#{mixer}) does not keep it: {row.breaks[name]}"
 
 
+def source(op: op_module.Op) -> str:
+    """The file in riverrun/recurrences that an op stands on; the cells share one."""
+    step = op.recurrence.step
+    return getattr(step, "func", step).__module__.rpartition(".")[2]  # a partial has its function's
+
+
+def about(file: str) -> str:
+    return inspect.getdoc(import_module(f"riverrun.recurrences.{file}")) or ""
+
+
+def recurrences() -> Iterator[str]:
+    for file in dict.fromkeys(map(source, OPS.values())):
+        yield f"\n## {file} {{ #{file} }}\n\n{about(file)}\n"
+
+
 def ops() -> Iterator[str]:
     for name, op in OPS.items():
-        r = op.recurrence
-        file = r.step.__module__.rpartition(".")[2]
-        about = inspect.getdoc(import_module(r.step.__module__)) or ""
-        first = " ".join(about.split("\n\n")[0].split())
+        r, file = op.recurrence, source(op)
+        first = " ".join(about(file).split("\n\n")[0].split())
         yield f"\n## {name} {{ #{name} }}\n\n{first} [Its equation](recurrences.md#{file}).\n"
         yield f"```py\ny, state = ops.{name}({', '.join(r.args)}, state=None, reset=None)\n```\n"
         yield "| | axes | |\n|---|---|---|"
@@ -132,7 +146,7 @@ def results() -> Iterator[str]:
         yield re.sub(r"^#", "##", file.read_text(encoding="utf-8"), flags=re.M) + "\n"
 
 
-PRINTERS: tuple[Callable[[], Iterator[str]], ...] = (mixers, laws, ops, settings, cli, results)
+PRINTERS: tuple[Callable[[], Iterator[str]], ...] = (mixers, laws, recurrences, ops, settings, cli, results)
 PRINT = {printer.__name__: printer for printer in PRINTERS}
 
 

@@ -1,7 +1,7 @@
 """riverrun beside HuggingFace transformers' PyTorch path on a CPU: same models, same weights, one run.
 
-    python benchmarks/cpu_models.py                 writes benchmarks/results/cpu_models.md
-    python benchmarks/cpu_models.py --only mamba    prints one model's rows, writes nothing
+    python benchmarks/cpu_models.py                             writes benchmarks/results/cpu_models.md
+    python benchmarks/cpu_models.py --only mamba --threads 1    prints these rows, writes nothing
 
 Whole language models of width 256, 4 layers, vocabulary 1,000, batch 1, float32, on one thread and on all.
 transformers' weights are copied into riverrun's model; logits must agree before anything is timed.
@@ -207,13 +207,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=list(PAIRS))
-    parser.add_argument("--threads", type=int, nargs="*", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--threads", type=int, nargs="*", help="one and all, unless given")
     given = parser.parse_args()
-    lines = []
-    for line in report([given.only] if given.only else list(PAIRS), given.threads):
+    names, threads, lines = [given.only] if given.only else list(PAIRS), given.threads, []
+    for line in report(names, threads or sorted({1, os.cpu_count() or 1})):
         print(line, flush=True)
         lines.append(line)
-    if not given.only:
+    if not given.only and not threads:
         RESULTS.write_text("\n".join(lines) + "\n")
         print(f"\nwritten to {RESULTS}")
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, partial, reduce
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -29,12 +29,15 @@ import torch
 from torch import Tensor
 
 from riverrun.algorithms import chunk, scan, shift
+from riverrun.algorithms import fastweight as _fastweight_rounds
 from riverrun.kernels import cpu, verdicts
 from riverrun.recurrences import cell
 from riverrun.recurrences.delta import delta as _delta
 from riverrun.recurrences.diagonal import diagonal as _diagonal
 from riverrun.recurrences.dplr import dplr as _dplr
+from riverrun.recurrences.fastweight import fastweight as _fastweight
 from riverrun.recurrences.fold import Recurrence, fold
+from riverrun.recurrences.memory import Rule
 from riverrun.recurrences.mlstm import mlstm as _mlstm
 from riverrun.recurrences.outer import outer as _outer
 from riverrun.recurrences.selective import selective as _selective
@@ -185,9 +188,21 @@ delta = _op(_delta, chunk=chunk.delta)
 dplr = _op(_dplr, chunk=chunk.dplr)
 softmax = _op(_softmax, scan=scan.softmax)
 short_conv = _op(_short_conv, shift=shift.short_conv)
+
+
+@cache
+def test_time(rule: Rule) -> Op:
+    """The op "fastweight" for one rule: its arguments and its state depend on what the memory is."""
+    return _op(_fastweight(rule), chunk=partial(_fastweight_rounds.run, rule))
+
+
+fastweight = test_time(Rule("mlp", momentum=True, chunk=16))
 elman, lstm, gru, slstm = (_op(r) for r in (cell.ELMAN, cell.LSTM, cell.GRU, cell.SLSTM))
 
 OPS: dict[str, Op] = {
     op.name: op
-    for op in (diagonal, selective, outer, mlstm, delta, dplr, softmax, short_conv, elman, lstm, gru, slstm)
-}
+    for op in (
+        diagonal, selective, outer, mlstm, delta, dplr, fastweight, softmax, short_conv,
+        elman, lstm, gru, slstm,
+    )
+}  # fmt: skip

@@ -31,6 +31,7 @@ what failed until it passes.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +53,8 @@ OPERANDS = {
     "outer": "qkvu", "mlstm": "qkv", "delta": "qkv", "dplr": "qkvab",
     "elman": "R", "lstm": "R", "gru": "R", "slstm": "R",
 }  # fmt: skip  # arguments that enter matrix products
-DECAYS = {"outer": "g", "mlstm": "f", "delta": "g", "dplr": "g"}  # log-decays, which parallel forms sum
+# log-decays, which parallel forms sum
+DECAYS = {"outer": "g", "mlstm": "f", "delta": "g", "dplr": "g", "fastweight": "gm"}
 MAXIMA = {
     "mlstm": (2, "i"),
     "softmax": (0, "s"),
@@ -96,7 +98,7 @@ def run(
     remember: bool = True,
     progress: Callable[[Verdict], None] | None = None,
 ) -> list[Verdict]:
-    """Examine `impls` (all) of `ops` (all) in `dtypes` on `device`; `progress` is called with every verdict."""
+    """Examine `impls` (all) of `ops` (all) in `dtypes` on `device`; `progress` is given every verdict."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.device(device).type
     if kind not in DTYPES:
@@ -137,7 +139,7 @@ def examine(op: Op, dtype: torch.dtype, device: str, only: Iterable[str] | None 
     cannot: dict[str, str] = {}
     times: dict[str, list[float]] = {impl: [] for impl in impls}
     for name, case in patients(op.name, dtype, device):
-        truth, scales, bounds = definition(op, case, dtype)
+        truth, scales, bounds, gain = definition(op, case, dtype)
         moved = case.to(dtype, device)
         for impl in impls:
             with store.ignored():
@@ -146,7 +148,7 @@ def examine(op: Op, dtype: torch.dtype, device: str, only: Iterable[str] | None 
                 cannot[impl] = why
                 continue
             try:
-                found, seconds = outcome(op, moved, impl)
+                found, seconds = outcome(op, moved, impl, gain=gain)
             except Exception as problem:  # a compiler that gives up is a finding, whatever it raises
                 worst[impl] = float("inf"), 0.0, f"{name}: {type(problem).__name__}: {str(problem)[:200]}"
                 continue
@@ -176,10 +178,13 @@ def definition(op: Op, case: Case, dtype: torch.dtype):
     wide = torch.promote_types(dtype, torch.float32)
     exact = case.to(torch.float64)
     truth, _ = outcome(op, exact, None)
-    moved, _ = outcome(
-        op, perturbed(exact, dtype), None, rounding=UNIT[dtype] if op.name in OPERANDS else 0.0
-    )
-    single = truth if wide == torch.float64 else outcome(op, case.to(wide), None)[0]
+    # gradients are linear in the upstream ones, made smaller where float16 could not hold the result
+    largest = max(float(x.abs().max()) for what, x in truth.items() if what.startswith("gradient"))
+    gain = 2.0 ** -max(0, math.frexp(largest / 2**14)[1]) if dtype == torch.float16 else 1.0
+    truth = {what: gain * x if what.startswith("gradient") else x for what, x in truth.items()}
+    rounding = UNIT[dtype] if op.name in OPERANDS else 0.0
+    moved, _ = outcome(op, perturbed(exact, dtype), None, rounding, gain)
+    single = truth if wide == torch.float64 else outcome(op, case.to(wide), None, gain=gain)[0]
     scales = {what: norm(x) for what, x in truth.items()}
     largest = max(scale for what, scale in scales.items() if what.startswith("gradient"))
     if op.name in MAXIMA:
@@ -195,7 +200,7 @@ def definition(op: Op, case: Case, dtype: torch.dtype):
         lost, change = distance(single[what], x, scales[what]), distance(moved[what], x, scales[what])
         # where the definition itself overflows in float32, an implementation gets no allowance for it
         bounds[what] = SAFETY * (UNIT[dtype] + (lost if lost < float("inf") else 0.0) + change)
-    return truth, scales, bounds
+    return truth, scales, bounds, gain
 
 
 def perturbed(case: Case, dtype: torch.dtype) -> Case:
@@ -216,15 +221,18 @@ def perturbed(case: Case, dtype: torch.dtype) -> Case:
         else:
             args.append(change(x, x * (UNIT[dtype] if name in OPERANDS.get(case.op, ()) else wide)))
     state_rounding = UNIT[dtype] if case.op in OPERANDS else wide
-    return replace(
-        case, args=tuple(args), state=tree_map(lambda s: change(s, state_rounding * s), case.state)
-    )
+    axes = OPS[case.op].recurrence.state  # one number a sequence, "B", is a count and exact
+    state = tree_map(lambda s, a: s if a == "B" else change(s, state_rounding * s), case.state, axes)
+    return replace(case, args=tuple(args), state=state)
 
 
-def outcome(op: Op, case: Case, impl: str | None, rounding: float = 0.0) -> tuple[dict[str, Tensor], float]:
+def outcome(
+    op: Op, case: Case, impl: str | None, rounding: float = 0.0, gain: float = 1.0
+) -> tuple[dict[str, Tensor], float]:
     """y, the final state and all gradients by name, and the seconds it took. `impl` None is the plain fold.
 
-    Upstream gradients are drawn from a fixed seed and rounded to y's dtype; `rounding` changes them further.
+    Upstream gradients are drawn from a fixed seed and rounded to y's dtype; `rounding` changes them further,
+    `gain` scales them.
     """
     args = tuple(None if x is None else x.detach().requires_grad_() for x in case.args)
     state = tree_map(lambda x: x.detach().requires_grad_(), case.state)
@@ -234,9 +242,9 @@ def outcome(op: Op, case: Case, impl: str | None, rounding: float = 0.0) -> tupl
     else:
         with store.ignored():
             y, last = op(*args, state=state, reset=case.reset, impl=impl)
-    outputs = [y, *leaves(last)]
+    outputs = [x for x in (y, *leaves(last)) if x.requires_grad]  # a state may hold a count
     like = next(x.dtype for x in args if x is not None)
-    upstream = [weights(x, i, like, rounding) for i, x in enumerate(outputs)]
+    upstream = [gain * weights(x, i, like, rounding) for i, x in enumerate(outputs)]
     wanted = {f"gradient of {n}": x for n, x in zip(op.signature.names, args, strict=True) if x is not None}
     wanted |= {f"gradient of state {i}": x for i, x in enumerate(leaves(state))}
     gradients = torch.autograd.grad(outputs, list(wanted.values()), upstream, allow_unused=True)

@@ -34,8 +34,8 @@ def run(name: str, case: inputs.Case):
 def test_doctor_passes(name, dtype):
     """Outputs, states and all gradients, random and extreme, within the bounds derived in `doctor`."""
     (found,) = doctor.run("cuda", ops=[name], dtypes=[dtype], impls=["gpu"], remember=False)
-    print(found.line)
-    assert found.verdict == "pass", found.line
+    refused = name == "selective" and dtype == torch.float16
+    assert found.verdict == ("cannot" if refused else "pass"), found.line
 
 
 @interpreted
@@ -47,7 +47,7 @@ def test_interpreted(name, monkeypatch):
     monkeypatch.setitem(op.kernels, "gpu", kernel)
     for case in inputs.cases(name, Size(B=2, T=9, H=2, K=3, V=3, D=3, N=2, P=3)):
         case = case.to(torch.float32)
-        truth, scales, bounds = doctor.definition(op, case, torch.float32)
+        truth, scales, bounds, _ = doctor.definition(op, case, torch.float32)
         found, _ = doctor.outcome(op, case, "gpu")
         for what, x in truth.items():
             assert doctor.distance(found[what], x, scales[what]) <= bounds[what], what

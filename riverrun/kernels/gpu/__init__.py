@@ -1,4 +1,4 @@
-"""Triton kernels: chunks on tensor cores, scans in registers, single steps for decoding. Importing compiles nothing."""
+"""Triton kernels: chunks on tensor cores, scans in registers, single steps. Importing compiles nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cells, conv, scan, selective, softmax
+from . import cells, conv, delta, dplr, memory, outer, scan, selective, softmax
 
 KERNELS: dict[str, Callable[..., Any]] = {
+    "outer": outer.outer,
+    "mlstm": outer.mlstm,
+    "delta": delta.delta,
+    "dplr": dplr.dplr,
     "diagonal": scan.diagonal,
     "selective": selective.selective,
     "softmax": softmax.softmax,
@@ -26,6 +30,10 @@ def refuses(name: str, args: tuple[Tensor | None, ...]) -> str | None:
     """Why the kernel of op `name` cannot run these arguments, or None."""
     if any(x is not None and x.dtype in (torch.float64, torch.complex128) for x in args):
         return "it computes in float32, and an argument is float64"
+    if name == "selective" and any(x is not None and x.dtype == torch.float16 for x in args):
+        return "its gradients are not confirmed on a GPU in float16; bfloat16 and float32 are"
+    if name in memory.OPS:
+        return memory.refuses(args[1])
     if name in cells.GATES:
         return cells.refuses(args[0], args[1])
     if name == "softmax":

@@ -139,10 +139,9 @@ def _forward(
             cut = tl.load(reset + b.to(tl.int64) * T + t, mask=b < B, other=0)[:, None] != 0
             h, s, n = tl.where(cut, 0.0, h), tl.where(cut, 0.0, s), tl.where(cut, 0.0, n)
             m = tl.where(cut, float("-inf"), m)
-        if SAVE and KIND == "lstm":
+        if SAVE and (KIND == "lstm" or KIND == "slstm"):
             tl.store(ss + at_y, s, mask=inside)
         if SAVE and KIND == "slstm":
-            tl.store(ss + at_y, s, mask=inside)
             tl.store(ns + at_y, n, mask=inside)
             tl.store(ms + at_y, m, mask=inside)
         p0, p1, p2, p3 = _read(h, r0, r1, r2, r3, c0, c1, c2, c3, GATES, PREC)
@@ -174,11 +173,7 @@ def _forward(
 @triton.jit
 def _optional(x, at, inside):
     """x[at], or zeros where there is no x."""
-    if x is not None:
-        value = _get(x, at, inside)
-    else:
-        value = tl.zeros(at.shape, tl.float32)
-    return value
+    return tl.zeros(at.shape, tl.float32) if x is None else _get(x, at, inside)
 
 
 @triton.jit
@@ -234,12 +229,8 @@ def _backward(
             out = _tanh(x0 + p0)
             d0 = dh * (1 - out * out)
         elif KIND == "lstm":
-            write, forget, z, gate = (
-                tl.sigmoid(x0 + p0),
-                tl.sigmoid(x1 + p1),
-                _tanh(x2 + p2),
-                tl.sigmoid(x3 + p3),
-            )
+            write, forget = tl.sigmoid(x0 + p0), tl.sigmoid(x1 + p1)
+            z, gate = _tanh(x2 + p2), tl.sigmoid(x3 + p3)
             out = _tanh(forget * s + write * z)
             d3 = dh * out * gate * (1 - gate)
             ds += dh * gate * (1 - out * out)
@@ -304,7 +295,7 @@ def _backward(
 
 
 def _launch(kind: str, x: Tensor, R: Tensor):
-    """Grid, sizes and switches of both kernels."""
+    """Grid, sizes and switches of both kernels, and whether backward can hold the weights."""
     B, T, _, H, P = x.shape
     half = x.dtype == R.dtype and x.dtype.itemsize == 2
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype] if half else tl.float32
@@ -345,9 +336,7 @@ def _run_backward(kind: str, *args):
         hs.masked_fill_(reset.bool()[..., None, None], 0)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     dx, dq = torch.empty_like(x), torch.empty_like(y) if kind == "gru" else None
-    dstates = [
-        None if s is None else torch.empty_like(s, memory_format=torch.contiguous_format) for s in states
-    ]
+    dstates = [None if s is None else s.new_empty(s.shape) for s in states]
     grid, sizes, switches, small = _launch(kind, x, R)
     _backward[grid](
         x, R, c, hs, *_pad(saved, 3), reset, dy, *_pad(dlast), dx, dq, *_pad(dstates), *sizes, **switches,

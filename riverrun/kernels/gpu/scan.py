@@ -194,7 +194,8 @@ def _plan(b: Tensor):
     S, L, C, warps = shape(T, D, B, vector, 8 if b.element_size() > 2 else 4)
     blocks = triton.cdiv(D, C)
     # a piece is worth a second reading of a and b when most of the chip would stand idle
-    pieces = max(1, min(32, 400 // (B * blocks), T // (2 * S * L)))
+    idle = B * blocks < 96
+    pieces = max(1, min(32, 264 // (B * blocks), T // (2 * S * L))) if idle else 1
     length = triton.cdiv(triton.cdiv(T, pieces), S * L) * S * L
     pieces = triton.cdiv(T, length)
     wide = torch.complex64 if b.is_complex() else torch.float32

@@ -11,7 +11,8 @@ transformers' weights are copied into riverrun's model; logits must agree before
     qwen3_next    Qwen3NextForCausalLM with gated delta layers only, no attention, dense feed-forward layers
 
 A training step is forward, cross-entropy, backward and fused AdamW. Prefill reads 2,048 tokens into a state.
-Decoding feeds the most likely token back, one at a time. Each number is the best of several repetitions in a
+Decoding feeds the most likely token back, one at a time; one more row has riverrun's model through
+`torch.compile(model, fullgraph=True)`, which takes half a minute before the first token. Each number is the best of several repetitions in a
 process of its own, and its memory is the growth of that process's peak resident memory over what the model
 and a first short run take.
 """
@@ -113,10 +114,12 @@ def prefill(name: str, side: str) -> Found:
         return best(lambda: call(model, tokens, None), PREFILL)
 
 
-def decode(name: str, side: str) -> Found:
+def decode(name: str, side: str, compiled: bool = False) -> Found:
     model, call = make(name, side)
     with torch.no_grad():
         logits, state = call(model.eval(), torch.randint(VOCABULARY, (1, 64)), None)
+        if compiled:
+            model = torch.compile(model, fullgraph=True)
 
         def run() -> None:
             nonlocal logits, state
@@ -159,10 +162,11 @@ def rows(name: str, threads: int) -> list[str]:
         other = None if expected > PATIENCE else alone(threads, training, name, "transformers", T)
         theirs[T] = other.seconds if other else expected
         lines.append(row(f"training, T = {T:,}", ours, other, expected))
-    for label, measure in ((f"prefill, T = {PREFILL:,}", prefill), ("decoding", decode)):
-        lines.append(
-            row(label, *(alone(threads, measure, name, side) for side in ("riverrun", "transformers")))
-        )
+    sides = "riverrun", "transformers"
+    lines.append(row(f"prefill, T = {PREFILL:,}", *(alone(threads, prefill, name, side) for side in sides)))
+    eager, other = (alone(threads, decode, name, side) for side in sides)
+    lines.append(row("decoding", eager, other))
+    lines.append(row("decoding, riverrun compiled", alone(threads, decode, name, "riverrun", True), other))
     return [f"| {name} {line}" for line in lines]
 
 

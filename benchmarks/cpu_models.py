@@ -12,9 +12,9 @@ transformers' weights are copied into riverrun's model; logits must agree before
 
 A training step is forward, cross-entropy, backward and fused AdamW. Prefill reads 2,048 tokens into a state.
 Decoding feeds the most likely token back, one at a time; one more row has riverrun's model through
-`torch.compile(model, fullgraph=True)`, which takes half a minute before the first token. Each number is the best of several repetitions in a
-process of its own, and its memory is the growth of that process's peak resident memory over what the model
-and a first short run take.
+`torch.compile(model, fullgraph=True)`, which takes half a minute before the first token. Each number is the
+best of several repetitions in a process of its own, and its memory is the growth of that process's peak
+resident memory over what the model and a first short run take.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What every mixer promises, as functions: public, so that a mixer kept elsewhere can be held to the same laws."""
+"""What every mixer promises, as functions: public, so that users hold their own mixers to the same laws."""

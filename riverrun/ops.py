@@ -43,7 +43,7 @@ from riverrun.recurrences.outer import outer as _outer
 from riverrun.recurrences.selective import selective as _selective
 from riverrun.recurrences.short_conv import short_conv as _short_conv
 from riverrun.recurrences.softmax import softmax as _softmax
-from riverrun.signature import Args, Signature
+from riverrun.signature import REMEMBERED, Args, Signature
 from riverrun.state import State, leaves, tree_map
 
 # Triton comes with the CUDA builds of PyTorch only; without it there is no "gpu" implementation to choose
@@ -75,6 +75,7 @@ class Op:
         self.recurrence, self.name = recurrence, recurrence.name
         self.signature = Signature(recurrence)
         self.parallel, self.kernels = parallel, kernels
+        self.plans: dict[Any, tuple[str, torch.dtype, bool]] = {}
         self.__doc__ = f"{recurrence.name}({', '.join(recurrence.args)}): {recurrence.args} -> {recurrence.y}"
 
     @property
@@ -102,6 +103,25 @@ class Op:
             )
         return impl
 
+    def plan(self, key: Any, impl: str | None, args: Args, state: State) -> tuple[str, torch.dtype, bool]:
+        """The implementation, the dtype it computes in, and whether anything must be converted for it.
+
+        Remembered for arguments that the signature takes for equal: decoding asks the same at every token.
+        """
+        if key is not None:
+            key = key, impl, _forced.get(self.name), verdicts.edition()
+            if key in self.plans:
+                return self.plans[key]
+        impl = self.choose(impl, args)
+        every = [x for x in (*args, *leaves(state)) if x is not None]
+        wide = widest(*every)
+        plan = impl, wide, any(x.dtype != wide for x in every)
+        if key is not None:
+            if len(self.plans) >= REMEMBERED:
+                self.plans.pop(next(iter(self.plans)))
+            self.plans[key] = plan
+        return plan
+
     def __call__(
         self,
         *args: Any,
@@ -111,23 +131,23 @@ class Op:
         **named: Any,
     ) -> tuple[Tensor, State]:
         args = self.signature.bind(args, named)
-        self.signature.check(args, state, reset)
-        impl = self.choose(impl, args)
+        key = self.signature.check(args, state, reset)
+        impl, wide, mixed = self.plan(key, impl, args, state)
         like = args[self.signature.like]
         if torch.is_autocast_enabled(like.device.type):  # which would round the sums inside
             with torch.autocast(like.device.type, enabled=False):
                 return self(*args, state=state, reset=reset, impl=impl)
-        wide = widest(*args, *leaves(state))
-        if impl not in self.kernels or not self.kernels[impl].half:
-            args = tuple(x if x is None else x.to(wide) for x in args)
-        state = tree_map(lambda s: s.to(wide), state)
+        if mixed:
+            if impl not in self.kernels or not self.kernels[impl].half:
+                args = tuple(x if x is None else x.to(wide) for x in args)
+            state = tree_map(lambda s: s.to(wide), state)
         if impl in self.kernels:
             y, state = self.kernels[impl].run(*args, state=state, reset=reset)
         elif impl == "sequential":
             y, state = fold(self.recurrence, args, state, reset)
         else:
             y, state = self.parallel[impl](*args, state=state, reset=reset)
-        return y.to(like.dtype), state
+        return y.to(like.dtype) if mixed else y, state
 
     def explain(self, *args: Any, **named: Any) -> str:
         """Which implementation would run these arguments, and why not the ones preferred to it."""

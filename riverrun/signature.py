@@ -33,6 +33,15 @@ class Signature:
 
     def bind(self, args: Args, named: dict[str, Any]) -> Args:
         """Positional and named arguments in declared order, with None for the optional ones left out."""
+        if named or len(args) != len(self.names):
+            args = self.in_order(args, named)
+        for name, x in zip(self.names, args, strict=True):
+            if x is None and name not in self.optional:
+                axes = self.recurrence.args[name]
+                raise TypeError(f"op '{self.name}' needs the argument '{name}' with axes ({axes})")
+        return args
+
+    def in_order(self, args: Args, named: dict[str, Any]) -> Args:
         if len(args) > len(self.names):
             raise TypeError(
                 f"op '{self.name}' takes {len(self.names)} arguments {self.names}, {len(args)} were given"
@@ -43,25 +52,27 @@ class Signature:
                 trouble = "was given twice" if name in given else "is not an argument"
                 raise TypeError(f"op '{self.name}': '{name}' {trouble}; it takes {self.names}")
             given[name] = value
-        for name in self.names:
-            if given.get(name) is None and name not in self.optional:
-                axes = self.recurrence.args[name]
-                raise TypeError(f"op '{self.name}' needs the argument '{name}' with axes ({axes})")
         return tuple(given.get(name) for name in self.names)
 
-    def check(self, args: Args, state: State, reset: Tensor | None) -> None:
-        """Raise TypeError or ValueError unless dtypes, devices and axes of everything agree."""
+    def check(self, args: Args, state: State, reset: Tensor | None) -> Any:
+        """Raise TypeError or ValueError unless dtypes, devices and axes of everything agree.
+
+        What is returned is equal for calls that agree in all of them, and None while a graph is compiled.
+        """
         if torch.compiler.is_compiling():  # once a graph, on sizes that may be symbols
             self.examine(args, state, reset)
-            return
-        every = (*args, *leaves(state), reset)
-        nested = len(state) if isinstance(state, tuple) else -1
-        key = (nested, *[(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in every])
+            return None
+        if isinstance(state, tuple):
+            every, nested = (*args, *leaves(state), reset), len(state)
+        else:
+            every, nested = (*args, state, reset), -1
+        key = (nested, *[known_by(x) for x in every])
         if key not in self.known:
             self.examine(args, state, reset)
             if len(self.known) >= REMEMBERED:
                 self.known.pop(next(iter(self.known)))
             self.known[key] = None
+        return key
 
     def examine(self, args: Args, state: State, reset: Tensor | None) -> None:
         main = args[self.like]
@@ -117,6 +128,11 @@ class Signature:
             raise ValueError(f"op '{self.name}': reset is {given}; it must be bool of shape (B, T) = {shape}")
         if reset.device != main.device:
             raise ValueError(f"op '{self.name}': reset is on {reset.device}, the arguments on {main.device}")
+
+
+def known_by(x: Any) -> Any:
+    """What is checked of an argument."""
+    return (x.shape, x.dtype, x.is_cpu or x.device) if isinstance(x, Tensor) else type(x)
 
 
 def fits(shape: torch.Size, form: tuple[str, ...], sizes: dict[str, int]) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from riverrun import ops
 from riverrun.recurrences.fold import fold
@@ -160,3 +161,16 @@ def test_a_state_that_needs_a_gradient_gets_one():
     for loss in (y.sum(), end.sum()):
         (grad,) = torch.autograd.grad(loss, state, retain_graph=True)
         assert grad.abs().max() > 0
+
+
+def test_tracers_see_kernels_that_otherwise_run_directly():
+    """A kernel is called past PyTorch's dispatcher only while nothing but autograd would look."""
+    case = make("delta", "head", Size(T=5), state=False, reset=False).to(torch.float32)
+
+    def f(q):
+        return ops.delta(q, *case.args[1:], impl="cpu")[0]
+
+    graph = make_fx(f)(case.args[0])
+    assert "matrix_cpu" in graph.code
+    other = torch.randn_like(case.args[0])
+    assert torch.equal(graph(other), f(other))

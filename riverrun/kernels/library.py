@@ -1,4 +1,4 @@
-"""Kernels as PyTorch operators: `torch.compile(fullgraph=True)`, `torch.export` and autograd see one opaque node.
+"""Kernels as PyTorch operators: `torch.compile(fullgraph=True)`, `torch.export` and autograd see one node.
 
 An operator is a forward that may save tensors for a backward, and a backward that is an operator of its own:
 
@@ -18,9 +18,11 @@ from torch import Tensor
 
 _library = torch.library.Library("riverrun", "FRAGMENT")
 
+PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may see operators in their own way
+
 NO_SECOND = (
-    "riverrun::{name}: compiled kernels have no second derivative. Run the op with impl='sequential' or its parallel "
-    "PyTorch form (inside `riverrun.ops.forced(...)`) where you need one"
+    "riverrun::{name}: compiled kernels have no second derivative. Run the op with impl='sequential' or its "
+    "parallel PyTorch form (inside `riverrun.ops.forced(...)`) where you need one"
 )
 
 
@@ -34,14 +36,14 @@ def define(
     backward: Callable[..., tuple[Tensor | None, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Register `riverrun::NAME` and its backward for `device` ("cpu" or "cuda"); return a function of the inputs.
+    """Register `riverrun::NAME` and its backward for `device` ("cpu" or "cuda"); return it as a function.
 
-    `inputs` is a schema such as "Tensor a, Tensor b, Tensor? state, Tensor? reset"; only float tensors get gradients.
-    `fake(*inputs, save)` returns empty outputs and saved tensors of the right shapes. The returned function gives the
-    outputs only. Gradients have the shapes and dtypes of their inputs.
+    `inputs` is a schema such as "Tensor a, Tensor b, Tensor? state, Tensor? reset"; only float tensors get
+    gradients, of their own shapes and dtypes. `fake(*inputs, save)` returns empty outputs and saved tensors
+    of the right shapes. The function that is returned takes the inputs and gives the outputs only. Where
+    nothing needs a gradient and nobody watches operators, it calls `forward` directly.
     """
     names = [part.split()[-1] for part in inputs.split(",")]
-    optional = ["Tensor?" in part for part in inputs.split(",")]
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     results = ", ".join(["Tensor"] * (outputs + saved))
     _library.define(f"{name}({inputs}, bool save) -> ({results})")
@@ -53,7 +55,7 @@ def define(
     )
     _library.define(f"{name}_backward({inputs}, {extra}) -> Tensor[]")
 
-    # a schema cannot say "list of maybe tensors" as a result, so an absent gradient travels as an empty tensor
+    # a schema cannot say "list of maybe tensors" as a result: an absent gradient travels as an empty tensor
     def run_backward(*args: Any) -> list[Tensor]:
         given = [x for x in args[: len(names)] if x is not None]
         return [given[0].new_empty(0) if g is None else g for g in backward(*args)]
@@ -89,12 +91,22 @@ def define(
     torch.library.register_autograd(f"riverrun::{name}_backward", no_second, lib=_library)
 
     def call(*args: Tensor | None) -> tuple[Tensor, ...]:
-        for x, maybe, n in zip(args, optional, names, strict=True):
-            assert maybe or x is not None, n
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
-        return op(*args, save)[:outputs]
+        if save or watched() or any(x is not None and type(x) not in PLAIN for x in args):
+            return op(*args, save)[:outputs]
+        return forward(*args, False)[:outputs]  # the dispatcher takes as long as a small kernel
 
     return call
+
+
+def watched() -> bool:
+    """Whether anything but autograd wants to see operators: a compiler, a tracer, a mode, `vmap`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def differentiable(x: Tensor | None) -> bool:

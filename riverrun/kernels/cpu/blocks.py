@@ -40,6 +40,8 @@ def block_size(width: int, rows: int, limit: int) -> int:
 
 def same_dtype(*xs: Tensor | None) -> list[Tensor | None]:
     """All in the widest dtype among them: a kernel is compiled for one dtype at a time."""
+    if len({x.dtype for x in xs if x is not None}) == 1:
+        return list(xs)
     dtype = reduce(torch.promote_types, [x.dtype for x in xs if x is not None])
     return [x if x is None else x.to(dtype) for x in xs]
 

@@ -25,6 +25,7 @@ from .product import add_product, packed, padded, width
 from .threads import array
 
 ELMAN, LSTM, GRU, SLSTM = range(4)
+SHORT = 8  # rows times steps up to which R is read as it lies: packing it would take longer
 STRETCH = 64  # steps of dp and h that are summed into dR at a time
 
 
@@ -146,9 +147,24 @@ def _slstm_backward(keep, before, dst, dp):
 
 
 @kernel
-def _forward(first, step, kind, x, R, c, state, initial, reset, rows, y, kept):
-    """x (B, T, G, H, P), R packed (H, P, G · P), c (G, H, P), kept (B, T, H, K, P) or empty; state (S, B, H,
-    P) enters as the first and leaves as the last; initial (S) is what a reset puts there."""
+def _add_direct(p, h, R, head):
+    """p (rows, ...) += R[:, head] h, for R (G, H, P, P) as it lies."""
+    G, _, P, _ = R.shape
+    for g in range(G):
+        for j in range(P):
+            row = R[g, head, j]
+            for r in range(p.shape[0]):
+                h_r, total = h[r], 0 * p[r, 0]
+                for k in range(P):
+                    total += row[k] * h_r[k]
+                p[r, g * P + j] += total
+
+
+@kernel
+def _forward(first, step, kind, x, direct, R, c, state, initial, reset, rows, y, kept):
+    """x (B, T, G, H, P), R packed (H, P, G · P) or, if `direct`, (G, H, P, P), c (G, H, P), kept (B, T, H, K,
+    P) or empty; state (S, B, H, P) enters as the first and leaves as the last; initial (S) is what a reset
+    puts there."""
     batch, T, G, H, P = x.shape
     groups = (batch + rows - 1) // rows
     S = state.shape[0]
@@ -156,7 +172,7 @@ def _forward(first, step, kind, x, R, c, state, initial, reset, rows, y, kept):
         head, lo = task // groups, task % groups * rows
         count = min(rows, batch - lo)
         st, h = np.empty((count, S, P), x.dtype), np.zeros((rows, P), x.dtype)
-        p = np.zeros((rows, R.shape[1] * R.shape[3]), x.dtype)
+        p = np.zeros((rows, G * P if direct else R.shape[1] * R.shape[3]), x.dtype)
         spare = np.empty(kept.shape[3:], x.dtype)
         for r in range(count):
             for s in range(S):
@@ -174,7 +190,10 @@ def _forward(first, step, kind, x, R, c, state, initial, reset, rows, y, kept):
                     else:
                         for j in range(P):
                             p_g[j] = x_g[j] + c_g[j]
-            add_product(p, h, R[head])
+            if direct:
+                _add_direct(p, h, R, head)
+            else:
+                add_product(p, h, R[head])
             for r in range(count):
                 keep = kept[lo + r, t, head] if kept.shape[0] else spare
                 gates = p[r, : G * P].reshape(G, P)
@@ -313,9 +332,10 @@ def _define(name: str, kind: int, keeps: int, start: tuple[float, ...]) -> Calla
         y, kept = x.new_empty(batch, T, H, P), x.new_empty(batch if save else 0, T, H, keeps, P)
         reset = None if reset is None else reset.contiguous()
         initial = np.array(start, array(state).dtype)
-        matrix = packed(R.permute(1, 3, 0, 2).reshape(H, P, G * P))
+        direct = batch * T <= SHORT
+        matrix = R.contiguous() if direct else packed(R.permute(1, 3, 0, 2).reshape(H, P, G * P))
         rows, work = _rows(batch, H), x.numel() * P
-        inputs = (kind, x.contiguous(), matrix, c, state, initial, reset, rows)
+        inputs = (kind, x.contiguous(), direct, matrix, c, state, initial, reset, rows)
         spread(_forward, H * -(-batch // rows), work, *inputs, y, kept)
         return y, *(s.clone() for s in state), kept
 

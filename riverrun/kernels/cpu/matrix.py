@@ -19,11 +19,12 @@ from torch import Tensor
 from riverrun.algorithms.chunk import stabilised
 from riverrun.kernels.library import define
 
-from . import block, gradient
+from . import block, gradient, short
 from .block import DELTA, DPLR, OUTER, C, aligned, small
+from .blocks import SMALL
 from .elementary import exp
 from .gemm import apart
-from .threads import FASTMATH, in_threads
+from .threads import FASTMATH, array, in_threads
 
 compiled = numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=True)
 
@@ -264,17 +265,19 @@ def _columns(B: int, H: int, V: int) -> int:
 
 def _arrays(q, k, v, g, beta, u, a, b, reset):
     """Every input as an array, the absent ones of width 0."""
-    none = v.new_empty(*v.shape[:3], 0)
-    tensors = (
-        *(x.contiguous() for x in (q, k, v)),
-        none if g is None else g.contiguous().view(*v.shape[:3], -1),
-        none if beta is None else beta.contiguous()[..., None],
-        v.new_empty(v.shape[2], 0) if u is None else u.contiguous(),
-        none if a is None else a.contiguous(),
-        none if b is None else b.contiguous(),
+    q, k, v = (array(x.contiguous()) for x in (q, k, v))
+    none = np.empty((*v.shape[:3], 0), v.dtype)
+    return (
+        q,
+        k,
+        v,
+        none if g is None else array(g.contiguous()).reshape(*v.shape[:3], -1),
+        none if beta is None else array(beta.contiguous()).reshape(*v.shape[:3], 1),
+        none[0, 0] if u is None else array(u.contiguous()),
+        none if a is None else array(a.contiguous()),
+        none if b is None else array(b.contiguous()),
+        np.empty((v.shape[0], 0), np.bool_) if reset is None else array(reset.contiguous()),
     )
-    reset = np.empty((v.shape[0], 0), np.bool_) if reset is None else reset.contiguous().numpy()
-    return *(x.detach().numpy() for x in tensors), reset
 
 
 def _mode(beta, a) -> int:
@@ -283,13 +286,18 @@ def _mode(beta, a) -> int:
 
 def _run(q, k, v, g, beta, u, a, b, state, reset, save):
     (B, T, H, V), K = v.shape, k.shape[3]
+    y, inputs = torch.empty(v.shape, dtype=v.dtype), _arrays(q, k, v, g, beta, u, a, b, reset)
+    if T <= short.STEPS:
+        before = v.new_zeros(B, H, K, V) if state is None else state.contiguous()
+        S = torch.empty(B, H, K, V, dtype=v.dtype)
+        tasks = B * H if S.numel() * T > SMALL else 1
+        in_threads(short.forward, tasks, _mode(beta, a), *inputs, array(before), array(S), array(y))
+        return y, S, before.clone() if save else v.new_empty(B, 0, K, V)
     S = v.new_zeros(B, H, K, V) if state is None else state.clone(memory_format=torch.contiguous_format)
-    y = v.new_empty(v.shape)
     saved = v.new_empty(B, H * -(-T // SEGMENT) if save else 0, K, V)
     share = _columns(B, H, V)
-    inputs = _arrays(q, k, v, g, beta, u, a, b, reset)
-    tasks = B * H * -(-V // share) if T > 1 else 1
-    in_threads(_forward, tasks, _mode(beta, a), share, *inputs, *(x.detach().numpy() for x in (S, y, saved)))
+    tasks = B * H * -(-V // share)
+    in_threads(_forward, tasks, _mode(beta, a), share, *inputs, *(array(x) for x in (S, y, saved)))
     return y, S, saved
 
 
@@ -304,7 +312,7 @@ def _run_backward(q, k, v, g, beta, u, a, b, state, reset, y, S, saved, dy, dS):
     dq, dk = (v.new_empty(parts * B, T, H, K) for _ in range(2))
     dg, dbeta, da, db = (v.new_empty(parts * B, T, H, inputs[i].shape[3]) for i in (3, 4, 6, 7))
     du = v.new_zeros(parts * B, *inputs[5].shape)
-    arrays = (x.detach().numpy() for x in (saved, dy, dS, dq, dk, dv, dg, dbeta, du, da, db))
+    arrays = (array(x) for x in (saved, dy, dS, dq, dk, dv, dg, dbeta, du, da, db))
     in_threads(_backward, B * H * parts, _mode(beta, a), share, *inputs, *arrays)
     return (
         _grouped(_sum(dq, parts), q.shape[2]),

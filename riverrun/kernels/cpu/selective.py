@@ -18,6 +18,7 @@ from .elementary import exp
 
 BLOCK = 64  # channels a task at most
 EVERY = 16  # steps from one saved state to the next
+SHORT = 4  # steps for which states are used as they lie: transposing them would take longer
 
 
 @kernel
@@ -53,6 +54,36 @@ def _forward(first, step, x, dt, A, B, C, state, reset, size, y, last, saved):
                     y_t[e] += c * h_n[e]
         for n in range(N):
             last[i, n, lo:hi] = h[n]
+
+
+@kernel
+def _short(first, step, x, dt, A, B, C, state, reset, y, last):
+    """A few steps, as in decoding: A (E, N), state and last (B, E, N)."""
+    batch, T, E = x.shape
+    N = A.shape[1]
+    for task in range(first, batch, step):
+        decay = np.empty((E, N), x.dtype)
+        every = decay.reshape(E * N)
+        h, to = state[task], last[task]
+        for t in range(T):
+            b, c, dt_t, x_t, y_t = B[task, t], C[task, t], dt[task, t], x[task, t], y[task, t]
+            for e in range(E):
+                for n in range(N):
+                    decay[e, n] = dt_t[e] * A[e, n]
+            for j in range(E * N):  # one long vector
+                every[j] = exp(every[j])
+            if t:
+                h = to
+            if reset.shape[0] and reset[task, t]:
+                to[:] = 0
+                h = to
+            for e in range(E):
+                write, total = dt_t[e] * x_t[e], 0 * x_t[e]
+                for n in range(N):
+                    new = decay[e, n] * h[e, n] + write * b[n]
+                    to[e, n] = new
+                    total += c[n] * new
+                y_t[e] = total
 
 
 @kernel
@@ -127,6 +158,11 @@ def _transposed(x: Tensor) -> Tensor:
 
 def _run(x, dt, A, B, C, state, reset, save):
     x, dt, B, C, reset = (z if z is None else z.contiguous() for z in (x, dt, B, C, reset))
+    if x.shape[1] <= SHORT:
+        h = x.new_zeros(x.shape[0], *A.shape) if state is None else state.contiguous()
+        y, last = torch.empty_like(x), torch.empty_like(h)
+        spread(_short, x.shape[0], h.numel() * x.shape[1], x, dt, A.contiguous(), B, C, h, reset, y, last)
+        return y, last, _transposed(h)[:, None] if save else x.new_empty(0, 1, *A.mT.shape)
     h = x.new_zeros(x.shape[0], A.shape[1], A.shape[0]) if state is None else _transposed(state)
     y, last = torch.empty_like(x), torch.empty_like(h)
     saved = x.new_empty((x.shape[0] if save else 0, -(-x.shape[1] // EVERY), *h.shape[1:]))

@@ -62,8 +62,11 @@ def in_threads(f: Callable[..., None], tasks: int, *args: Any) -> None:
         f(0, 1, *args)
 
 
-def array(x: Tensor | None, like: Tensor | None = None) -> np.ndarray:
+NO_RESET = np.empty((0, 0), np.bool_)
+
+
+def array(x: Tensor | None) -> np.ndarray:
     """A tensor's memory as an array; a missing reset becomes an empty (0, 0) array, told by its shape."""
     if x is None:
-        return np.empty((0, 0), np.bool_)
-    return x.detach().numpy()
+        return NO_RESET
+    return x.detach().numpy() if x.requires_grad else x.numpy()

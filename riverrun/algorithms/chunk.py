@@ -77,7 +77,7 @@ def scores(x: Tensor, Gx: Tensor, y: Tensor, Gy: Tensor, see: Tensor) -> Tensor:
 
 
 def chain(decay: Tensor, state: Tensor, update) -> tuple[Tensor, Tensor]:
-    """S ← decay_n S + update(n, S) through the chunks: the states (B, H, N, K, V) before each, and the last."""
+    """S ← decay_n S + update(n, S) through the chunks: the states before each, stacked, and the last."""
     before = []
     for n in range(decay.shape[2]):
         before.append(state)

@@ -1,4 +1,4 @@
-"""Numba kernels: the plain recurrence, compiled. On a CPU the state fits in the L1 cache, so no chunked form beats it.
+"""Numba kernels: on a CPU the state fits in the L1 cache, and compiled code keeps it there.
 
 Importing this compiles nothing; each kernel is compiled when first called and cached on disk.
 """
@@ -29,5 +29,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
 
 
 def refuses(name: str, args: tuple[Tensor | None, ...]) -> str | None:
-    """Why the kernel of op `name` cannot run these arguments, or None. Every dtype and shape an op accepts is taken."""
+    """Why the kernel of op `name` cannot run these arguments, or None: it takes every dtype and shape."""
     return None

@@ -213,7 +213,7 @@ def autocast(make: Make, row: Row) -> None:
     rough = torch.cat([first, second], 1)
     rounded(rough, exact, torch.bfloat16)
     rough.float().square().sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in mixer.parameters()), "gradients are not finite"
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in mixer.parameters()), "gradients"
 
 
 def extremes(make: Make, row: Row) -> None:

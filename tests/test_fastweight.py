@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from riverrun import ops
+from riverrun.mixers import MIXERS, build
 from riverrun.recurrences.memory import LOSSES, RETENTIONS, SHAPES, Rule
 from riverrun.recurrences.retention import orthogonal
 from riverrun.state import leaves, tree_map
+from riverrun.testing.laws import WIDTH, laws_for
 from riverrun.testing.tolerance import close, close_all, close_states
 
 B, T, H, K, E = 2, 23, 2, 4, 5
@@ -195,6 +197,48 @@ def test_learning_at_test_time_needs_no_outer_gradient(no_slopes, impl):
     expected, _ = run(rule, arguments(rule))
     with no_slopes():
         close(run(rule, arguments(rule), impl)[0], expected, "output")
+
+
+VARIANTS = [
+    ("ttt", dict(memory="mlp", expand=2)),
+    ("miras", dict(variant="yaad")),
+    ("miras", dict(variant="memora")),
+    ("miras", dict(variant="yaad", memory="linear", loss="l2", momentum=True, residual=False)),
+    ("titans", dict(variant="mag")),
+    ("titans", dict(variant="mal", memory="linear", chunk=1)),
+    ("lact", dict(muon=False)),
+]
+
+
+@pytest.mark.parametrize(
+    "name, args, law",
+    [
+        pytest.param(name, args, law, id="-".join([name, *map(str, args.values()), title]))
+        for name, args in VARIANTS
+        for title, law in laws_for(MIXERS[name])
+    ],
+)
+def test_law_of_a_variant(name, args, law):
+    law(lambda: build(name, WIDTH, **{**MIXERS[name].small, **args}), MIXERS[name])
+
+
+@pytest.mark.parametrize("name", ["ttt", "miras", "titans", "lact"])
+def test_training_compiles(name):
+    """Whole: rounds are counted from data only where documents are packed, and mac cuts its time so."""
+    torch.compiler.reset()
+    args = {"variant": "mag"} if name == "titans" else {}
+    mixer = build(name, WIDTH, **{**MIXERS[name].small, **args})
+    x = draw(2, 10, WIDTH).float()
+    y = torch.compile(mixer, fullgraph=True, backend="aot_eager")(x)[0]
+    torch.testing.assert_close(y, mixer(x)[0])
+
+
+@pytest.mark.parametrize(
+    "name, match", [("titans", "'mac', 'mag', 'mal'"), ("miras", "'memora', 'moneta', 'yaad'")]
+)
+def test_a_variant_that_does_not_exist(name, match):
+    with pytest.raises(ValueError, match=f"no variant 'mam'.*{match}"):
+        build(name, WIDTH, variant="mam")
 
 
 def test_a_rule_that_does_not_exist():

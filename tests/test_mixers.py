@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from equations_fastweight import lact, miras, titans, ttt
 
 from riverrun import state as states
 from riverrun.mixers import MIXERS, build
@@ -171,6 +172,7 @@ def sliding_window(m, x):
 
 
 EQUATIONS = [linear_attention, retnet, gla, hgrn2, deltanet, s5, slstm, attention, sliding_window]
+EQUATIONS += [lact, miras, titans, ttt]
 
 
 def small(name):

@@ -40,11 +40,7 @@ def plan(size: int, used: Tensor | None, like: Tensor, reset: Tensor | None) -> 
     """Rounds for v `like` (B, T, H, V) and chunks of `size` tokens, of which `used` (B) were seen before."""
     B, T = like.shape[:2]
     steps = torch.arange(T, device=like.device).expand(B, T)
-    place = steps if used is None else steps + used.long()[:, None]
-    if reset is not None:
-        last = steps.where(reset, -1).cummax(1).values
-        place = torch.where(last < 0, place, steps - last)
-    place = place % size  # in the chunk
+    place = places(size, used, steps, reset)
     starts = (place == 0) | (steps == 0)
     n = starts.cumsum(1) - 1
     C, N = min(size, T), rounds(size, T, used is not None, reset, n)
@@ -54,6 +50,15 @@ def plan(size: int, used: Tensor | None, like: Tensor, reset: Tensor | None) -> 
     full = flags.scatter_add(1, n, (place == size - 1).long()) > 0
     fresh = flags > 0 if reset is None else flags.scatter_add(1, n, reset.long()) > 0
     return Rounds(source.view(B, N, C), slot, fresh, full, (place[:, -1] + 1) % size)
+
+
+def places(size: int, used: Tensor | None, steps: Tensor, reset: Tensor | None) -> Tensor:
+    """The place of each of `steps` (B, T), 0 to T - 1, in its chunk."""
+    place = steps if used is None else steps + used.long()[:, None]
+    if reset is not None:
+        last = steps.where(reset, -1).cummax(1).values
+        place = torch.where(last < 0, place, steps - last)
+    return place % size
 
 
 def rounds(size: int, T: int, carried: bool, reset: Tensor | None, n: Tensor) -> int:

@@ -74,6 +74,15 @@ MIXERS: dict[str, Row] = {
         small=dict(num_heads=2, lower_bound=0.2),
         golden=BY_EQUATION + "the authors' code runs on GPUs only",
     ),
+    "lact": Row(
+        "LaCT",
+        "2505.23884",
+        op="fastweight",
+        state="window",
+        small=dict(num_heads=2, num_memories=2, window=8, chunk=8),
+        golden=BY_EQUATION + "the authors' code runs on GPUs only",
+        compiles=False,
+    ),
     "linear_attention": Row(
         "LinearAttention",
         "2006.16236",
@@ -91,6 +100,14 @@ MIXERS: dict[str, Row] = {
         golden="mamba2.safetensors",
     ),
     "mingru": Row("MinGRU", "2410.01201", op="diagonal", golden="mingru.safetensors"),
+    "miras": Row(
+        "Miras",
+        "2504.13173",
+        op="fastweight",
+        small=dict(num_heads=2, chunk=8, expand=2),
+        golden=BY_EQUATION + "the authors published no code",
+        compiles=False,
+    ),
     "mlstm": Row("MLSTM", "2405.04517", op="mlstm", small=dict(num_heads=2), golden="mlstm.safetensors"),
     "retnet": Row(
         "RetNet",
@@ -127,6 +144,23 @@ MIXERS: dict[str, Row] = {
         op="slstm",
         small=dict(num_heads=2),
         golden=BY_EQUATION + "the authors' kernels run on GPUs only",
+    ),
+    "titans": Row(
+        "Titans",
+        "2501.00663",
+        op="fastweight",
+        state="window",
+        small=dict(num_heads=2, window=8, chunk=8, persistent=2, expand=2),
+        golden=BY_EQUATION + "the authors published no code",
+        compiles=False,
+    ),
+    "ttt": Row(
+        "TTT",
+        "2407.04620",
+        op="fastweight",
+        small=dict(num_heads=2, chunk=8),
+        golden=BY_EQUATION + "the authors' step also depends on a token's place in its chunk",
+        compiles=False,
     ),
 }
 

@@ -33,24 +33,33 @@ def attend(
     reset: Tensor | None = None,
     window: int | None = None,
     base: float = 10_000.0,
+    always: Tensor | None = None,
 ) -> tuple[Tensor, Cache]:
-    """y and the state after the last step; q and k are turned here, by rotary positions of that `base`."""
+    """y and the state after the last step; q and k are turned here, by rotary positions of that `base`.
+
+    `always` (2G, P, K), keys above values, is what every step sees beside its window, wherever it stands.
+    """
     T, fresh = k.shape[1], state[0] is None
     past, start, filled = begin(k, window) if fresh else checked(state, k, window)
     position = positions(k, past.shape[2] - start, reset)[0]
+    plain = q.transpose(1, 2)
     q, k = rotate(torch.cat([q, k], 2), position, base).split([q.shape[2], k.shape[2]], 2)
     q = q.transpose(1, 2)
     kv, filled = append(past, filled, torch.cat([k, v], 2).transpose(1, 2), None if window else start)
     n = kv.shape[2] - T
     first = torch.arange(n, n + T, device=k.device) - position  # where in kv the document of each step starts
     if window is None:
+        if always is not None:
+            raise ValueError("attention: `always` is for a window; without one, every step sees every key")
         y = read(q, kv, None if fresh and reset is None else visible(first, n, n + T))
         return y, (kv, first[:, -1], filled)
     ys = []
     for i in range(0, T, window):  # blocks of `window` steps see at most 2 · window - 1: linear in T
         near = first[:, i : i + window] - i
         j = i + near.shape[1]
-        ys.append(read(q[:, :, i:j], kv[:, :, i : n + j], visible(near, n, window)))
+        seen = kv[:, :, i : n + j], visible(near, n, window)
+        beside = None if always is None else (always, plain[:, :, i:j])
+        ys.append(read(q[:, :, i:j], *seen, beside))
     last = kv[:, :, T:]
     if n <= T:
         last = last.clone()  # a view would keep all T steps in memory
@@ -66,11 +75,13 @@ def begin(k: Tensor, window: int | None) -> Cache:
 
 def checked(state: Cache, k: Tensor, window: int | None) -> Cache:
     B, _, G, K = k.shape
-    n = window - 1 if window else state[0].shape[2] if state[0].dim() == 4 else "n"
-    if [tuple(x.shape) for x in state] != [(B, 2 * G, n, K), (B,), (B,)]:
+    cached = isinstance(state[0], Tensor) and state[0].dim() == 4
+    n = window - 1 if window else state[0].shape[2] if cached else "n"
+    expected = f"(({B}, {2 * G}, {n}, {K}), ({B},), ({B},))"
+    if describe(state) != expected:
         raise ValueError(
-            f"attention: the state has shape {describe(state)}; it must be (({B}, {2 * G}, {n}, {K}), "
-            f"({B},), ({B},)): a state continues only the mixer and the batch size that made it"
+            f"attention: the state has shape {describe(state)}; it must be {expected}: a state continues "
+            "only the mixer and the batch size that made it"
         )
     return state
 
@@ -83,11 +94,22 @@ def visible(first: Tensor, n: int, window: int) -> Tensor:
     return ((steps >= low[..., None]) & (steps <= here[:, None]))[:, None]
 
 
-def read(q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, t, H, K) for q (B, H, t, K) and kv (B, 2G, s, K); no mask means causal with s = t."""
-    k, v = kv.to(q.dtype).chunk(2, 1)
+def read(q: Tensor, kv: Tensor, mask: Tensor | None, beside: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """(B, t, H, K) for q (B, H, t, K) and kv (B, 2G, s, K); no mask means causal with s = t.
+
+    `beside` is (always, q before it was turned): one softmax, by keys that are zero for the other q.
+    """
+    (k, v), K = kv.to(q.dtype).chunk(2, 1), q.shape[-1]
     gqa = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    if beside is not None and mask is not None:
+        always, plain = beside
+        a, b = always.to(q.dtype).expand(len(q), *always.shape).chunk(2, 1)
+        q, mask = torch.cat([q, plain], -1), F.pad(mask, (always.shape[1], 0), value=True)
+        k, v = torch.cat([F.pad(a, (K, 0)), F.pad(k, (0, K))], 2), torch.cat([b, v], 2)
+    scale = K**-0.5
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa, scale=scale
+    )
     return y.transpose(1, 2)
 
 

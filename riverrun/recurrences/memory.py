@@ -5,9 +5,9 @@
     ℓ    with e = f(k) - v    dot: -f(k)·v    l2: |e|²/2    lp: Σ |e_i|^p
          huber: |e|²/2 where |e| ≤ δ, else δ (|e| - δ/2)
 
-`retention` has the rest of a rule: how weights come from what gradients have added up to.
-Sources: Sun et al. 2024 (TTT, arXiv:2407.04620) sec. 2; Behrouz et al. 2025 (Miras, arXiv:2504.13173) sec. 5,
-where p = 3; Zhang et al. 2025 (LaCT, arXiv:2505.23884) sec. 3.
+How weights come from what gradients have added up to is `retention`. Sources: Sun et al. 2024 (TTT,
+arXiv:2407.04620) sec. 2; Behrouz et al. 2025 (Miras, arXiv:2504.13173) sec. 5, where p = 3; Zhang et al. 2025
+(LaCT, arXiv:2505.23884) sec. 3.
 """
 
 from collections.abc import Callable
@@ -65,11 +65,9 @@ def net(memory: str, x: Tensor, layer: Callable[[int, Tensor], Tensor], norm: Te
         z = layer(1, F.gelu(layer(0, x)))
     else:
         z = layer(1, F.silu(layer(0, x)) * layer(2, x))
-    return (
-        z
-        if norm is None
-        else x + norm[0, :, None] * F.layer_norm(z, z.shape[-1:], eps=1e-6) + norm[1, :, None]
-    )
+    if norm is None:
+        return z
+    return x + norm[0, :, None] * F.layer_norm(z, z.shape[-1:], eps=1e-6) + norm[1, :, None]
 
 
 def padded(x: Tensor, W: Tensor) -> Tensor:
@@ -96,6 +94,6 @@ def inner_loss(rule: Rule, y: Tensor, v: Tensor, bound: Tensor | None) -> Tensor
         return (square + 1e-6).pow(P / 2).sum(-1)
     if rule.loss == "l2":
         return square.sum(-1) / 2
-    assert bound is not None  # a huber rule's arguments include it
     length = (square.sum(-1) + 1e-6).sqrt()
+    assert bound is not None
     return torch.where(length <= bound, length.square() / 2, bound * (length - bound / 2))

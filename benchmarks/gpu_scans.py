@@ -4,8 +4,8 @@
 
 Times are medians of replays of a CUDA graph, so the time of the GPU alone, of the forward pass and of forward and
 backward together, on random inputs. The floor is the bytes an op must move, every input read and every output
-written once, over the bandwidth of a large copy measured in the same run. "first call" is the first forward and
-backward of these dtypes and shapes, with an empty kernel cache. Peers not installed are left out and named.
+written once, over the bandwidth of a large copy measured in the same run. "first call": the first forward and
+backward of these dtypes and shapes, no kernel cached. Peers not installed are left out and named.
 """
 
 from __future__ import annotations

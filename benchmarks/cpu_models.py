@@ -21,20 +21,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from cpu_peers import LAYERS, PAIRS, VOCABULARY, WIDTH, make
-from timing import peak_mib, provenance
+from timing import alone, peak_mib, provenance, resident_mib
 from torch import Tensor
 
 LENGTHS, PREFILL, DECODE = (128, 512, 2048), 2048, 20  # tokens
@@ -71,11 +68,6 @@ class Found:
     @property
     def speed(self) -> float:
         return self.tokens / self.seconds
-
-
-def resident_mib() -> float:
-    """What this process has in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def best(run: Callable[[], object], tokens: int, longest: int = 100) -> Found:
@@ -128,27 +120,6 @@ def decode(name: str, side: str, compiled: bool = False) -> Found:
 
         run()
         return best(run, DECODE)
-
-
-def child(pipe: Any, threads: int, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity_error()
-    pipe.send(measure(*args))
-
-
-def alone(threads: int, measure: Callable[..., Any], *args: Any) -> Any:
-    """Run in a process of its own, which starts with everything imported and nothing computed."""
-    context = multiprocessing.get_context("fork")
-    mine, its = context.Pipe()
-    process = context.Process(target=child, args=(its, threads, measure, args))
-    process.start()
-    its.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        raise SystemExit(f"{measure.__name__}{args} on {threads} threads failed; see above") from None
-    finally:
-        process.join()
 
 
 def rows(name: str, threads: int) -> list[str]:
@@ -213,6 +184,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(PAIRS))
     parser.add_argument("--threads", type=int, nargs="*", help="one and all, unless given")
     given = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
     names, threads, lines = [given.only] if given.only else list(PAIRS), given.threads, []
     for line in report(names, threads or sorted({1, os.cpu_count() or 1})):
         print(line, flush=True)

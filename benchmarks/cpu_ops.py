@@ -1,18 +1,18 @@
 """Every op on a CPU: compiled kernel, parallel PyTorch and step by step, in one run.
 
-    python benchmarks/cpu_ops.py [--threads 2] [--only delta,outer] [--seconds 2]
+    python benchmarks/cpu_ops.py [--threads 2] [--only delta,outer] [--seconds 1]
 
 Prints a table and, unless --only is given, writes benchmarks/results/cpu_ops.md. float32. Times are the best
 of several repetitions taken in turns. The sequential form is timed on a sixteenth of T and multiplied by 16.
-Memory is the growth of a process's peak over forward and backward; the first call (forward and backward of a
-small case) is timed in a process of its own, cold with an empty cache directory and warm with the one the
-cold call filled.
+Memory is the growth of a process's peak over forward and backward. The first call, forward and backward of a
+small case, is timed in a process of its own for each set of kernels, cold with an empty cache directory and
+warm with the one the cold call filled.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import os
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timing import best, peak_mib, provenance
+from timing import alone, best, peak_mib, provenance, resident_mib
 
 from riverrun import ops
 from riverrun.state import leaves
@@ -43,6 +43,15 @@ ROWS = [
     ("short_conv", "bias", CHANNELS),
     *((op, "bias", CHANNELS) for op in ("elman", "lstm", "gru", "slstm")),
 ]
+# one op of each set of kernels, and those that share them
+FAMILIES = {
+    "delta": "outer, mlstm, delta, dplr",
+    "diagonal": "diagonal",
+    "selective": "selective",
+    "softmax": "softmax",
+    "short_conv": "short_conv",
+    "lstm": "elman, lstm, gru, slstm",
+}
 HEAD = (
     "| op | form | (B, T, H, K or P, D) | impl | forward ms | ratio | forward + backward ms | ratio | MiB |\n"
     "|---|---|---|---|---|---|---|---|---|"
@@ -65,53 +74,44 @@ def both(op: str, impl: str, args: list[torch.Tensor | None]) -> None:
     torch.autograd.grad(loss, [x for x in args if x is not None])
 
 
-def child(op: str, form: str, impl: str, shape: str) -> None:
-    """In a process of its own: seconds of the first call, and MiB that both passes of `shape` add."""
+def first_call(op: str, form: str) -> None:
+    """Print the seconds of a first call, forward and backward of a small case, in this process."""
     small = arguments(op, form, Size(B=1, T=8, G=1, H=1, K=16, V=16, P=16, D=16))
     start = time.perf_counter()
-    both(op, impl, small)
-    first, mib = time.perf_counter() - start, 0.0
-    if shape:
-        args = arguments(op, form, Size(**json.loads(shape)))
-        before = peak_mib()
-        both(op, impl, args)
-        mib = peak_mib() - before
-    print(json.dumps([first, mib]))
+    both(op, "cpu", small)
+    print(time.perf_counter() - start)
 
 
-def ask(op: str, form: str, impl: str, size: Size | None, cache: str | None = None) -> tuple[float, float]:
-    shape = json.dumps(vars(size)) if size else ""
-    environment = {**os.environ, **({"NUMBA_CACHE_DIR": cache} if cache else {})}
-    command = [
-        sys.executable,
-        __file__,
-        "--threads",
-        str(torch.get_num_threads()),
-        "--child",
-        op,
-        form,
-        impl,
-        shape,
-    ]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    first, mib = json.loads(answer.stdout.splitlines()[-1])
-    return first, mib
+def memory(op: str, form: str, impl: str, size: Size) -> float:
+    """MiB that forward and backward add to what their arguments and a small first call take."""
+    both(op, impl, arguments(op, form, replace(size, T=32)))
+    args = arguments(op, form, size)
+    gc.collect()
+    before = resident_mib()
+    both(op, impl, args)
+    return max(0.0, peak_mib() - before)
+
+
+def timings(op: str, form: str, size: Size, seconds: float) -> dict[str, dict[str, float]]:
+    """Seconds of "forward" and "both" for every implementation, taken in turns."""
+    args, short = arguments(op, form, size), arguments(op, form, replace(size, T=size.T // SHORTER))
+    times = {}
+    for name, call in (("forward", forward), ("both", both)):
+        impls = [i for i in ops.OPS[op].impls if i != "gpu"]
+        calls = {i: partial(call, op, i, short if i == "sequential" else args) for i in impls}
+        times[name] = best(calls, seconds)
+        times[name]["sequential"] *= SHORTER
+    return times
 
 
 def rows(op: str, form: str, size: Size, seconds: float) -> list[str]:
-    impls, args = ops.OPS[op].impls, arguments(op, form, size)
-    short = arguments(op, form, replace(size, T=size.T // SHORTER))
-    times = {}
-    for name, call in (("forward", forward), ("both", both)):
-        calls = {i: partial(call, op, i, short if i == "sequential" else args) for i in impls if i != "gpu"}
-        times[name] = best(calls, seconds)
-        times[name]["sequential"] *= SHORTER
-    table = []
+    threads, table = torch.get_num_threads(), []
+    times = alone(threads, timings, op, form, size, seconds)
     for impl in times["forward"]:
         columns = []
-        for name in times:
-            columns += [f"{times[name][impl] * 1e3:.2f}", f"{times[name][impl] / times[name]['cpu']:.1f}"]
-        mib = "" if impl == "sequential" else f"{ask(op, form, impl, size)[1]:.0f}"
+        for found in times.values():
+            columns += [f"{found[impl] * 1e3:.2f}", f"{found[impl] / found['cpu']:.1f}"]
+        mib = "" if impl == "sequential" else f"{alone(threads, memory, op, form, impl, size):.0f}"
         shape = (size.B, size.T, size.H, size.K if (op, form, MATRIX) in ROWS else size.P, size.D)
         table.append(f"| {op} | {form} | {shape} | {impl} | {' | '.join(columns)} | {mib} |")
     return table
@@ -119,11 +119,16 @@ def rows(op: str, form: str, size: Size, seconds: float) -> list[str]:
 
 def first_calls(names: list[str]) -> list[str]:
     table = ["| op | first call, cold s | from disk cache s |", "|---|---|---|"]
-    for op in names:
+    for op in (name for name in names if name in FAMILIES):
         form = next(f for o, f, _ in ROWS if o == op)
+        command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--first", op, form]
         with tempfile.TemporaryDirectory() as cache:
-            cold, warm = (ask(op, form, "cpu", None, cache)[0] for _ in range(2))
-        table.append(f"| {op} | {cold:.1f} | {warm:.2f} |")
+            environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
+            cold, warm = (
+                float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+                for _ in range(2)
+            )
+        table.append(f"| {FAMILIES[op]} | {cold:.1f} | {warm:.2f} |")
     return table
 
 
@@ -133,12 +138,12 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", help="ops, separated by commas")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each group of timings")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each group of timings")
+    parser.add_argument("--first", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.child:
-        child(*given.child)
+    if given.first:
+        first_call(*given.first)
         return
     wanted = given.only.split(",") if given.only else list(dict.fromkeys(op for op, _, _ in ROWS))
     lines = ["# Ops on a CPU", "", provenance(), "", __doc__.split("\n\n")[2], "", HEAD]
@@ -149,7 +154,7 @@ def main() -> None:
             print("\n".join(new), flush=True)
             lines += new
     new = ["", *first_calls(wanted)]
-    print("\n".join(new))
+    print("\n".join(new), flush=True)
     if not given.only:
         (Path(__file__).parent / "results" / "cpu_ops.md").write_text("\n".join(lines + new) + "\n")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import multiprocessing
 import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 import torch
@@ -39,6 +42,31 @@ def best(
 def peak_mib() -> float:
     """The most memory this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def resident_mib() -> float:
+    """What this process has in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def _child(pipe: Any, threads: int, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    pipe.send(measure(*args))
+
+
+def alone(threads: int, measure: Callable[..., Any], *args: Any) -> Any:
+    """Run in a process of its own, which starts with everything imported and nothing computed."""
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe()
+    process = context.Process(target=_child, args=(its, threads, measure, args))
+    process.start()
+    its.close()
+    try:
+        return mine.recv()
+    except EOFError:
+        raise SystemExit(f"{measure.__name__}{args} on {threads} threads failed; see above") from None
+    finally:
+        process.join()
 
 
 def provenance() -> str:

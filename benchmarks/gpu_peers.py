@@ -1,0 +1,91 @@
+"""The libraries that GPU ops are compared with: one function a peer, from our arguments to a call of theirs.
+
+`PEERS[form]` maps a peer's name to `make(*arguments) -> call`, where `call()` returns y. A peer is imported
+when made, and the error is the table's entry if it cannot be. fla-core's gated backward refuses to run on
+Hopper with Triton 3.4 to 3.7.0 because its gradients are wrong there at some sizes: its guard is lifted for
+timing only.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")  # its pure Triton kernels
+
+
+def unguarded() -> None:
+    import fla.ops.common.chunk_o
+
+    fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True
+
+
+def simple_gla(q, k, v, g, u):
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return lambda: chunk_simple_gla(q, k, v, g, scale=1.0)[0]
+
+
+def gla(q, k, v, g, u):
+    from fla.ops.gla import chunk_gla
+
+    return lambda: chunk_gla(q, k, v, g, scale=1.0)[0]
+
+
+def mamba(q, k, v, g, u):
+    import torch
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    A = torch.full((v.shape[2],), -1.0, device=v.device)  # g = dt A
+    return lambda: mamba_chunk_scan_combined(v, -g, A, k, q, chunk_size=256)
+
+
+def xl_chunk(q, k, v, f, i):
+    from mlstm_kernels.torch.chunkwise.triton_xl_chunk.fwbw import mlstm_chunkwise__xl_chunk
+
+    # heads before time is the layout it is written for, so the transposes are made outside what is timed
+    q, k, v, f, i = (x.transpose(1, 2).contiguous().detach().requires_grad_() for x in (q, k, v, f, i))
+    call = lambda: mlstm_chunkwise__xl_chunk(q, k, v, i, f, autocast_kernel_dtype=v.dtype)  # noqa: E731
+    call.inputs = (q, k, v, f, i)
+    return call
+
+
+def delta_rule(q, k, v, beta, g):
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return lambda: chunk_delta_rule(q, k, v, beta, scale=1.0)[0]
+
+
+def gated_delta_rule(q, k, v, beta, g):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    unguarded()
+    return lambda: chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0)[0]
+
+
+def kda(q, k, v, beta, g):
+    from fla.ops.kda import chunk_kda
+
+    return lambda: chunk_kda(q, k, v, g, beta, scale=1.0)[0]
+
+
+def rwkv7(q, k, v, g, a, b):
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    return lambda: chunk_rwkv7(q, g, k, v, a, b, scale=1.0)[0]
+
+
+def rwkv7_bounded(q, k, v, g, a, b):
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    return lambda: chunk_rwkv7(q, g, k, v, a, b, scale=1.0, lower_bound=-0.61)[0]
+
+
+PEERS = {
+    "outer-head": {"fla simple_gla": simple_gla, "mamba-ssm SSD": mamba},
+    "outer-key": {"fla gla": gla},
+    "mlstm": {"mlstm_kernels xl_chunk": xl_chunk},
+    "delta": {"fla delta_rule": delta_rule},
+    "delta-head": {"fla gated_delta_rule": gated_delta_rule},
+    "delta-key": {"fla kda": kda},
+    "dplr": {"fla rwkv7": rwkv7, "fla rwkv7, bounded decay": rwkv7_bounded},
+}

@@ -1,0 +1,390 @@
+"""What the matrix-memory kernels share: tiles of a chunk, its decays and segments, and the matrices between
+its steps.
+
+A chunk is C steps. G is the cumulative log-decay inside it, per head or per key, never increasing because g ≤
+0. Between step j and a later step i the factor is e^{G_i - G_j}. Per head that is one (C, C) tile. Per key it
+must be split between the two operands of a matrix product, so that neither part can overflow:
+
+    Σ_k x_ik y_jk e^{G_ik - G_jk} = (x_i ⊙ e^{G_i - G_r}) · (y_j ⊙ e^{G_r - G_j})
+
+A tile whose decays over the whole chunk stay above e^-60 ("mild") takes r = C: the left part is at most e^60,
+far from float32's end at e^88, the right at most 1. Any other takes the pairs of each level l = 0, 1, … of a
+dyadic hierarchy apart: pairs whose steps fall into the two halves of one block of 2^{l+1} steps, with r the
+last step of the first half, j ≤ r < i, so that both exponents are ≤ 0 however strong the decay. Every pair
+belongs to exactly one level; a step reads in a level or is read, never both, so one factor tile serves both.
+Their exponents are sums of g over the steps between (a product with a 0/1 matrix), not differences of G,
+which would cancel.
+
+A reset starts a new segment; `seg` counts resets along time. Pairs of different segments are masked; a state
+from before the chunk reaches the steps of the chunk's first segment only ("carried"), a step reaches the next
+chunk's state if no reset follows it ("kept").
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def LEVELS(C):
+    """log2 C."""
+    return C.bit_length() - 1
+
+
+MILD = tl.constexpr(-60.0)  # a chunk's log-decay down to which one product holds it
+
+
+@triton.jit
+def tile(x, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr):
+    """x[start + i, cols] for i < C of a (T, ·) matrix; zero past T and past WIDTH."""
+    i = tl.arange(0, C)
+    mask = (i < (T - start).to(tl.int32))[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(x + start * STRIDE + i[:, None] * STRIDE + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def put(x, value, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr):
+    """The inverse of `tile`."""
+    i = tl.arange(0, C)
+    mask = (i < (T - start).to(tl.int32))[:, None] & (cols < WIDTH)[None, :]
+    tl.store(
+        x + start * STRIDE + i[:, None] * STRIDE + cols[None, :], value.to(x.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def vector(x, start, T, STRIDE: tl.constexpr, C: tl.constexpr):
+    """x[start + i] in float32 for i < C, zero past T."""
+    i = tl.arange(0, C)
+    return tl.load(x + start * STRIDE + i * STRIDE, mask=i < (T - start).to(tl.int32), other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def decays(G, start, T, rows, STRIDE: tl.constexpr):
+    """Per-head G at the chunk's `rows`: past T the last one, before the chunk 0."""
+    at = tl.minimum(rows, (T - 1 - start).to(tl.int32))
+    return tl.load(G + start * STRIDE + at * STRIDE, mask=rows >= 0, other=0.0)
+
+
+@triton.jit
+def shifted(g, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr):
+    """The tile one step earlier, without what is before the chunk: its running sum leaves each step's own
+    out."""
+    i = tl.arange(0, C)
+    mask = ((i > 0) & (i <= (T - start).to(tl.int32)))[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(g + (start - 1) * STRIDE + i[:, None] * STRIDE + cols[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def segments(seg, start, T, C: tl.constexpr):
+    """The chunk's segment numbers, the one before it and its last one."""
+    at = tl.minimum(tl.arange(0, C), (T - 1 - start).to(tl.int32))
+    end = tl.minimum(C - 1, (T - 1 - start).to(tl.int32))
+    before = tl.load(seg + start - 1, mask=start > 0, other=0)
+    return tl.load(seg + start + at), before, tl.load(seg + start + end)
+
+
+@triton.jit
+def rates(G, lw, seg, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr):
+    """Per step: what the state before the chunk weighs where it is read for y (SHIFT: before the step's own
+    decay) and where it is corrected, what a write weighs in the state after the chunk; and what is left of
+    the former in the latter. Decays per head, write weights and segments only: those per key are in the
+    tiles."""
+    i = tl.arange(0, C)
+    reach, leave, through = tl.full((C,), 1.0, tl.float32), tl.full((C,), 1.0, tl.float32), 1.0
+    if seg is not None:
+        number, before, final = segments(seg, start, T, C)
+        reach, leave = tl.where(number == before, 1.0, 0.0), tl.where(number == final, 1.0, 0.0)
+        through = tl.where(final == before, 1.0, 0.0)
+    read = reach
+    if DECAY == 1:
+        Gi = decays(G, start, T, i, H)
+        end = tl.load(G + (start + tl.minimum(C - 1, (T - 1 - start).to(tl.int32))) * H)
+        read *= tl.exp(decays(G, start, T, i - 1, H)) if SHIFT == 1 else tl.exp(Gi)
+        reach *= tl.exp(Gi)
+        leave *= tl.exp(end - Gi + vector(lw, start, T, H, C)) if lw is not None else tl.exp(end - Gi)
+        through *= tl.exp(end)
+    return read, reach, leave, through
+
+
+@triton.jit
+def weigh(
+    pair,
+    G,
+    lw,
+    seg,
+    start,
+    T,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    DECAY: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """q kᵀ (or k qᵀ) with decays per head and write weights, where the pair is seen, itself included."""
+    i = tl.arange(0, C)
+    see = i[:, None] <= i[None, :] if TRANSPOSED else i[:, None] >= i[None, :]
+    if seg is not None:
+        number, before, final = segments(seg, start, T, C)
+        see = see & (number[:, None] == number[None, :])
+    gap = tl.zeros((C, C), tl.float32)
+    if DECAY == 1:
+        Gi = decays(G, start, T, i, H)
+        gap = Gi[None, :] - Gi[:, None] if TRANSPOSED else Gi[:, None] - Gi[None, :]
+    if lw is not None:
+        write = vector(lw, start, T, H, C)
+        gap += write[:, None] if TRANSPOSED else write[None, :]
+    return pair * tl.exp(tl.where(see, gap, float("-inf")))
+
+
+@triton.jit
+def block(x, n, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The n-th (ROWS, COLS) matrix of x at rows and cols in float32, zero outside."""
+    inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
+    at = (n * ROWS + rows[:, None]) * COLS + cols[None, :]
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put_block(x, value, n, rows, cols, wanted, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The inverse of `block`, if wanted."""
+    inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :] & wanted
+    tl.store(x + (n * ROWS + rows[:, None]) * COLS + cols[None, :], value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def put_column(x, value, n, rows, wanted, ROWS: tl.constexpr):
+    """The n-th row of x (·, ROWS) from the first column of a narrow tile, whose others are zero."""
+    tl.store(x + n * ROWS + rows, tl.sum(value, 1), mask=(rows < ROWS) & wanted)
+
+
+@triton.jit
+def column(x, n, rows, ROWS: tl.constexpr):
+    """The inverse of `put_column`: a tile of 32 columns, because the tensor cores take no vectors."""
+    first = tl.where(tl.arange(0, 32) == 0, 1.0, 0.0)[None, :]
+    return tl.load(x + n * ROWS + rows, mask=rows < ROWS, other=0.0)[:, None] * first
+
+
+@triton.jit
+def between(g, tier, SHIFT: tl.constexpr, C: tl.constexpr):
+    """e^(sum of g from each step to the one it is anchored at on level tier); SHIFT leaves a reader's own
+    step out."""
+    i = tl.arange(0, C)
+    at, s = ((((i >> tier) | 1) << tier) - 1)[:, None], i[None, :]
+    row = i[:, None]
+    inside = ((s > at) & (s <= row - SHIFT)) | ((s > row) & (s <= at))
+    return tl.exp(tl.dot(tl.where(inside, 1.0, 0.0), g, input_precision="tf32x3"))
+
+
+@triton.jit
+def level(tier, C: tl.constexpr):
+    """(C, C) mask of the pairs that level tier takes: row reads, column is read."""
+    i = tl.arange(0, C)
+    row, col = i[:, None] >> tier, i[None, :] >> tier
+    return (row == col + 1) & ((row & 1) == 1)
+
+
+@triton.jit
+def across_level(tier, C: tl.constexpr):
+    """`level` transposed."""
+    i = tl.arange(0, C)
+    row, col = i[:, None] >> tier, i[None, :] >> tier
+    return (col == row + 1) & ((col & 1) == 1)
+
+
+@triton.jit
+def running_sum(g, G, T, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr):
+    """G = the sum of g (B, T, WIDTH) over each chunk's steps so far, in float32."""
+    start = tl.program_id(0).to(tl.int64) * C
+    cols = tl.program_id(1) * BW + tl.arange(0, BW)
+    at = tl.program_id(2).to(tl.int64) * T * WIDTH
+    x = tile(g + at, start, T, cols, WIDTH, WIDTH, C).to(tl.float32)
+    put(G + at, tl.cumsum(x, 0), start, T, cols, WIDTH, WIDTH, C)
+
+
+@triton.jit
+def inverse(L, C: tl.constexpr, PREC: tl.constexpr):
+    """(I + L)^{-1} for strictly lower triangular L (C, C), by blocks of 1, 2, 4, … steps.
+
+    Two neighbouring diagonal blocks with inverses in D and the block N between them invert to D - D N D; all
+    pairs of blocks of one size are one product. That is substitution by blocks: no powers of L, which could
+    be huge.
+    """
+    i = tl.arange(0, C)
+    D = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - tl.where(level(0, C), L, 0.0)
+    for tier in range(1, LEVELS(C)):
+        N = tl.where(level(tier, C), L, 0.0)
+        D -= tl.dot(tl.dot(D, N, input_precision=PREC), D, input_precision=PREC)
+    return D
+
+
+@triton.jit
+def square(x, n, C: tl.constexpr):
+    """Pointers to the n-th (C, C) matrix of x."""
+    i = tl.arange(0, C)
+    return x + n * C * C + i[:, None] * C + i[None, :]
+
+
+@triton.jit
+def pairs(
+    q, k, a, b, u, beta, g, G, seg, A, Aa, Lk, W, q_in, k_in, k_out, b_in, a_out, ends, T,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    RULE: tl.constexpr, DECAY: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """What of one chunk and head does not depend on v or the state; see `memory.py` for the rules. Grid
+    (chunks, B·H).
+
+    outer   A  = q kᵀ (j ≤ i; with a bonus j < i, and u on the diagonal)
+    delta   A  = q kᵀ,    W = (I + tril(k kᵀ, -1) β)^{-1}
+    dplr    A  = q kᵀ,    Aa = q aᵀ,    Lk = tril(b kᵀ, -1),    W = (I - tril(b aᵀ, -1))^{-1}
+
+    and with decays per key the tiles that meet the state, decays multiplied in: *_in for what reads the state
+    before the chunk, *_out for what is written to the one after it, ends = e^{G_C} (B·H, chunks, K). A may be
+    None: only those.
+    """
+    n, bh = tl.program_id(0), tl.program_id(1)
+    batch, h = (bh // H).to(tl.int64), bh % H
+    GH: tl.constexpr = H // R
+    WIDE: tl.constexpr = H * K
+    start = n.to(tl.int64) * C
+    i = tl.arange(0, C)
+    N = bh.to(tl.int64) * tl.num_programs(0) + n
+    qk = (batch * T * GH + h // R) * K
+    wide = (batch * T * H + h) * K
+    A_ = tl.zeros((C, C), tl.float32)
+    X_, Y_, Z_ = A_, A_, A_
+    diagonal, diagonal_a = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    SHIFT: tl.constexpr = 1 if u is not None else 0  # a bonus reads before the step's own decay
+    EARLY: tl.constexpr = SHIFT == 1 or RULE == "dplr"
+    strict = i[:, None] > i[None, :]
+    for j in range(0, K, BK):
+        cols = j + tl.arange(0, BK)
+        q_, k_ = tile(q + qk, start, T, cols, K, GH * K, C), tile(k + qk, start, T, cols, K, GH * K, C)
+        qf, kf = q_.to(tl.float32), k_.to(tl.float32)
+        af, bf = qf, kf
+        if RULE == "dplr":
+            af = tile(a + wide, start, T, cols, K, WIDE, C).to(tl.float32)
+            bf = tile(b + wide, start, T, cols, K, WIDE, C).to(tl.float32)
+        if DECAY == 2:
+            gi = tile(g + wide, start, T, cols, K, WIDE, C).to(tl.float32)
+            Gi, last = tl.cumsum(gi, 0), tl.sum(gi, 0)
+            Gb = tl.cumsum(shifted(g + wide, start, T, cols, K, WIDE, C), 0) if EARLY else Gi
+            leave = tl.exp(last[None, :] - Gi)
+            put(q_in + wide, qf * tl.exp(Gb if SHIFT == 1 else Gi), start, T, cols, K, WIDE, C)
+            put(k_out + wide, kf * leave, start, T, cols, K, WIDE, C)
+            tl.store(ends + N * K + cols, tl.exp(last), mask=cols < K)
+            if RULE == "delta":
+                put(k_in + wide, kf * tl.exp(Gi), start, T, cols, K, WIDE, C)
+            if RULE == "dplr":
+                put(b_in + wide, bf * tl.exp(Gb), start, T, cols, K, WIDE, C)
+                put(a_out + wide, af * leave, start, T, cols, K, WIDE, C)
+        if A is not None:
+            if u is not None:
+                uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)
+                diagonal += tl.sum(qf * kf * uf[None, :], 1)
+            else:
+                diagonal += tl.sum(qf * kf, 1)
+            if RULE == "dplr":
+                diagonal_a += tl.sum(qf * af, 1)
+            if DECAY == 2:
+                if tl.min(last, 0) > MILD:
+                    read, write = tl.exp(Gi - last[None, :]), leave
+                    early = tl.exp(Gb - last[None, :]) if EARLY else read
+                    x = meet(
+                        qf,
+                        kf,
+                        af,
+                        bf,
+                        early if SHIFT == 1 else read,
+                        read,
+                        early,
+                        write,
+                        strict,
+                        RULE,
+                        CT,
+                        PREC,
+                    )
+                    A_, X_, Y_, Z_ = A_ + x[0], X_ + x[1], Y_ + x[2], Z_ + x[3]
+                else:
+                    for tier in range(0, LEVELS(C)):
+                        f = between(gi, tier, 0, C)
+                        early = between(gi, tier, 1, C) if EARLY else f
+                        x = meet(
+                            qf,
+                            kf,
+                            af,
+                            bf,
+                            early if SHIFT == 1 else f,
+                            f,
+                            early,
+                            f,
+                            level(tier, C),
+                            RULE,
+                            CT,
+                            PREC,
+                        )
+                        A_, X_, Y_, Z_ = A_ + x[0], X_ + x[1], Y_ + x[2], Z_ + x[3]
+            else:
+                kt = tl.trans(k_.to(CT))
+                A_ += tl.dot(q_.to(CT), kt, input_precision=PREC)
+                if RULE == "delta":
+                    X_ += tl.dot(k_.to(CT), kt, input_precision=PREC)
+    if A is not None:
+        if seg is not None:
+            seg += batch * T
+        finish(
+            A_, X_, Y_, Z_, diagonal, diagonal_a, beta, G, seg, A, Aa, Lk, W, N, batch * T * H + h, start, T,
+            H, C, RULE, DECAY, SHIFT, PREC,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    A_, X_, Y_, Z_, diagonal, diagonal_a, beta, G, seg, A, Aa, Lk, W, N, per_head, start, T,
+    H: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """Decays per head, masks, diagonals and inverses of the matrices of `pairs`, which are then written."""
+    i = tl.arange(0, C)
+    strict = i[:, None] > i[None, :]
+    if DECAY == 1:
+        Gs = decays(G + per_head, start, T, i, H)
+        rate = tl.exp(tl.where(strict, Gs[:, None] - Gs[None, :], 0.0))
+        X_ *= rate
+        if SHIFT == 1:
+            Gb1 = decays(G + per_head, start, T, i - 1, H)
+            rate = tl.exp(tl.where(strict, Gb1[:, None] - Gs[None, :], 0.0))
+        A_ *= rate
+    if seg is not None:
+        number, before, final = segments(seg, start, T, C)
+        strict = strict & (number[:, None] == number[None, :])
+    eye = i[:, None] == i[None, :]
+    A_ = tl.where(strict, A_, tl.where(eye, diagonal[:, None], 0.0))
+    tl.store(square(A, N, C), A_.to(A.dtype.element_ty))
+    if RULE == "delta":
+        beta_ = vector(beta + per_head, start, T, H, C)
+        X_ = tl.where(strict, X_, 0.0) * beta_[None, :]
+        tl.store(square(W, N, C), inverse(X_, C, PREC).to(W.dtype.element_ty))
+    if RULE == "dplr":
+        Z_ = tl.where(strict, Z_, tl.where(eye, diagonal_a[:, None], 0.0))
+        tl.store(square(Aa, N, C), Z_.to(Aa.dtype.element_ty))
+        tl.store(square(Lk, N, C), tl.where(strict, Y_, 0.0).to(Lk.dtype.element_ty))
+        tl.store(square(W, N, C), inverse(tl.where(strict, -X_, 0.0), C, PREC).to(W.dtype.element_ty))
+
+
+@triton.jit
+def meet(q, k, a, b, fq, fk, fb, write, mask, RULE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """One part's share of q kᵀ, the rule's own matrix, b kᵀ and q aᵀ; f* are the readers' factors."""
+    kx, qx = tl.trans((k * write).to(CT)), (q * fq).to(CT)
+    A = tl.where(mask, tl.dot(qx, kx, input_precision=PREC), 0.0)
+    X, Y, Z = A, A, A
+    if RULE == "delta":
+        X = tl.where(mask, tl.dot((k * fk).to(CT), kx, input_precision=PREC), 0.0)
+    if RULE == "dplr":
+        ax, bx = tl.trans((a * write).to(CT)), (b * fb).to(CT)
+        X = tl.where(mask, tl.dot(bx, ax, input_precision=PREC), 0.0)
+        Y = tl.where(mask, tl.dot(bx, kx, input_precision=PREC), 0.0)
+        Z = tl.where(mask, tl.dot(qx, ax, input_precision=PREC), 0.0)
+    return A, X, Y, Z

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from riverrun.recurrences.fastweight import FastState, named
 from riverrun.recurrences.memory import Rule, Weights, inner_loss, net, padded, through
-from riverrun.recurrences.retention import begin, settle, weights
+from riverrun.recurrences.retention import begin, settle, size, weights
 
 
 class Rounds(NamedTuple):
@@ -124,12 +124,17 @@ def advance(
         far = b * (x @ A[i]) + (c * (x @ Z[i]) if rule.momentum else 0)
         return far + (P * (x @ xs[i].mT)) @ us[i]
 
+    def every(i: int) -> Tensor:
+        """A_t for every t, (B, H, C, in, out)."""
+        steps = P @ (xs[i][..., None] * us[i][..., None, :]).flatten(-2)
+        made = steps.unflatten(-1, A[i].shape[-2:]) + b[..., None] * A[i][:, :, None]
+        return made + c[..., None] * Z[i][:, :, None] if rule.momentum else made
+
     def single(i: int, x: Tensor) -> Tensor:
-        every = P @ (xs[i][..., None] * us[i][..., None, :]).flatten(-2)
-        every = every.unflatten(-1, A[i].shape[-2:]) + b[..., None] * A[i][:, :, None]
-        every = every + c[..., None] * Z[i][:, :, None] if rule.momentum else every
-        (made,) = weights(rule, (every,))
-        return (padded(x, A[i])[..., None, :] @ made)[..., 0, :]
+        if rule.retain == "lq":
+            return layer(i, x) / size(every(i))[..., 0]
+        (W_t,) = weights(rule, (every(i),))
+        return (padded(x, A[i])[..., None, :] @ W_t)[..., 0, :]
 
     y = net(rule.memory, piece["q"], layer if rule.retain == "decay" else single, norm)
     ends = zip(A, Z, xs, us, strict=True) if rule.momentum else ((a, 0, x, u) for a, x, u in zip(A, xs, us))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .memory import Rule, Weights
 
-Q = 4
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
     (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012),
@@ -25,8 +24,13 @@ NEWTON_SCHULZ = (
 def weights(rule: Rule, A: Weights) -> Weights:
     """r(A)."""
     if rule.retain == "lq":
-        return tuple(a / (a.pow(Q).sum((-2, -1), keepdim=True) + 1e-6).pow((Q - 2) / Q) for a in A)
+        return tuple(a / size(a) for a in A)
     return tuple(a.softmax(-2) for a in A) if rule.retain == "softmax" else A
+
+
+def size(A: Tensor) -> Tensor:
+    """|A|_q^{q-2} for q = 4, of matrices (..., in, out)."""
+    return (A.square().square().sum((-2, -1), keepdim=True) + 1e-6).sqrt()
 
 
 def begin(rule: Rule, A: Weights):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from riverrun.recurrences.mlstm import least
 from riverrun.recurrences.outer import spread
 
 from . import scan
@@ -130,7 +131,7 @@ def stabilised(outer, q, k, v, f, i, state, reset):
     k = spread(k, v.shape[2]) * (i - m).exp()[..., None]
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     y, Sn = outer(q, k, v, f + last - m, None, torch.cat([S, n[..., None]], -1), reset)
-    weight = torch.maximum(y[..., -1:].abs(), (-m).exp()[..., None])
+    weight = torch.maximum(y[..., -1:].abs(), least(m)[..., None])
     return y[..., :-1] / weight, (Sn[..., :-1], Sn[..., -1], m[:, -1])
 
 

@@ -68,7 +68,7 @@ def run(
     if state is not None:
         snapshot.save(state, generation.sequences, model)
         kept = f", saved; `--state {state}` goes on from it"
-    notes.print(f"[dim]{summary(generation, drawn, seconds)}{kept}[/]")
+    notes.print(f"[dim]{summary(generation, drawn, seconds)}{kept}[/]", soft_wrap=True)
     return INTERRUPTED if interrupted else 0
 
 

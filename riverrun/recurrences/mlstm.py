@@ -29,8 +29,13 @@ def step(
     last, m = m, torch.maximum(f + m, i)
     forget, k = (f + last - m).exp()[..., None], (i - m).exp()[..., None] * k
     S, n = forget[..., None] * S + k[..., None] * v[..., None, :], forget * n + k
-    weight = torch.maximum((n * q).sum(-1).abs(), (-m).exp())
+    weight = torch.maximum((n * q).sum(-1).abs(), least(m))
     return (S, n, m), torch.einsum("bhkv,bhk->bhv", S, q) / weight[..., None]
+
+
+def least(m: Tensor) -> Tensor:
+    """e^{-m}, at most e^60: y is then below e^-60 of S already, and float32 would overflow at e^88."""
+    return (-m).clamp(max=60).exp()
 
 
 def initial(q: Tensor, k: Tensor, v: Tensor, f: Tensor, i: Tensor) -> MLSTMState:

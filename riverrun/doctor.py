@@ -188,7 +188,7 @@ def definition(op: Op, case: Case, dtype: torch.dtype):
         if maximum in scales:
             scales[maximum] = max(scales[maximum], scales[f"gradient of {exponents}"])
     if op.name == "softmax":
-        terms = (exact.args[1] * truth["gradient of v"]).sum(-1)
+        terms = (exact.args[1] * truth["gradient of v"]).sum(-1)  # type: ignore[operator]
         scales["gradient of s"] = max(scales["gradient of s"], norm(terms))
     for what, scale in scales.items():
         if what.startswith("gradient") and scale < UNIT[wide] * largest:

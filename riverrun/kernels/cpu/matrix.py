@@ -29,7 +29,7 @@ from .threads import FASTMATH, array, in_threads
 compiled = numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=True)
 
 SEGMENT = 64
-TASKS = 8  # wanted at the least
+TASKS = 4  # wanted at the least; a part of the columns repeats what columns share, so parts cost
 WIDEST = 80  # value columns of a task
 
 

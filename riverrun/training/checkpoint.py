@@ -1,10 +1,9 @@
 """Checkpoints of a run: all that is needed to go on to the same bits.
 
     runs/model/checkpoints/step-00000200/
-    config.json, model.safetensors, tokenizer.json: a model like any other
-                                             training.safetensors: the optimizer's memory, the carried state,
-                                             the random state; training.json: the step, the clock, the run's
-                                             settings
+        config.json, model.safetensors, tokenizer.json      a model like any other
+        training.safetensors      the optimizer's memory, the carried state, the random state
+        training.json             the step, the clock, the run's settings
 
 A checkpoint appears whole or not at all (`riverrun.models.folder.replacing`), and older ones go only after it
 stands.

@@ -98,6 +98,8 @@ def test_no_cycles():
 def limits(path: Path) -> tuple[int, int]:
     """(lines of a file, lines of a function)."""
     parts = path.relative_to(ROOT).parts
+    if parts == ("mixers", "table.py"):  # it grows by a row a mixer, and is read a row at a time
+        return 1000, 0
     if parts[0] == "kernels":
         return 400, 120
     if parts[0] == "mixers" and path.stem != "__init__":
@@ -129,7 +131,7 @@ def test_sizes(path):
 
 
 def test_every_mixer_file_has_a_row_and_every_row_a_file():
-    files = {p.stem for p in (ROOT / "mixers").glob("*.py")} - {"__init__"}
+    files = {p.stem for p in (ROOT / "mixers").glob("*.py")} - {"__init__", "table"}
     assert files == set(MIXERS), (
         f"without a row: {files - set(MIXERS)}; without a file: {set(MIXERS) - files}"
     )
@@ -142,6 +144,7 @@ def test_a_mixer_cites_its_paper_and_takes_no_loose_arguments(name):
         assert f"arXiv:{MIXERS[name].arxiv}" in text, "the docstring cites the row's paper"
     assert "**kwargs" not in text, "an argument nobody reads is a mistake nobody sees"
     assert MIXERS[name].golden, "a row names its golden numbers, or says why there are none"
+    assert MIXERS[name].good and MIXERS[name].bad, "a row says what its mixer is good and bad at"
 
 
 IMPORT = """

@@ -81,8 +81,11 @@ def mixers() -> Iterator[str]:
         yield inspect.getdoc(import_module(f"riverrun.mixers.{name}")) or ""
         yield f"\n{inspect.getdoc(cls)}\n"
         yield f"```py\nfrom riverrun.mixers.{name} import {cls.__name__}\n\n{signature(cls)}\n```\n"
+        yield f"- Good at {row.good}; bad at {row.bad}."
         yield f"- State of one sequence at width {WIDTH} in float32: {measured[name]} bytes"
         yield f"- Golden numbers: {golden(row)}"
+        if row.slow:
+            yield f"- More than three times as slow as its op alone: {row.slow}"
         for law, why in row.breaks.items():
             yield f"- Does not keep the law [{law}](laws.md#{law}): {why}"
 

@@ -98,7 +98,7 @@ def deltanet(m, x):
     """Yang et al. 2024 (2406.06484): the recurrence by its transition matrix."""
     H, K = m.num_heads, WIDTH // m.num_heads
     p = x @ m.inp.weight.T
-    qkv, beta = p[:, : 3 * WIDTH], m.max_beta * sigmoid(p[:, 3 * WIDTH :])
+    qkv, beta = p[:, : 3 * WIDTH], (1 + m.negative_eigenvalues) * sigmoid(p[:, 3 * WIDTH :])
     padded = torch.cat([torch.zeros(3, 3 * WIDTH), qkv])
     qkv = silu(sum(padded[j : j + STEPS] * m.conv.weight[:, j] for j in range(4)))
     q, k, v = qkv.view(STEPS, 3, H, K).unbind(1)
@@ -267,7 +267,6 @@ def test_heads_that_cannot_be_turned(name):
         ("attention", dict(num_heads=4, num_key_heads=3), "num_key_heads = 3 does not divide"),
         ("mamba2", dict(num_groups=3), "num_groups = 3 does not divide"),
         ("hgrn2", dict(lower_bound=1.0), "0 ≤ lower_bound < 1"),
-        ("deltanet", dict(max_beta=3.0), "0 < max_beta ≤ 2"),
         ("sliding_window", dict(num_heads=2, window=1), "≥ 2 steps"),
         ("mamba", dict(states=3), "did you mean 'num_states'"),
     ],

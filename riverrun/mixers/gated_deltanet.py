@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from riverrun import ops
 from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
+from riverrun.nn.signed import write_strength
 
 
 class GatedDeltaNet(nn.Module):
     """arXiv:2412.06464. State: (S (B, H, K, V), conv (B, window - 1, 2·G·K + H·V)).
 
     H value heads of width V share G query/key heads of width K; K = V = width / H and G = H unless given.
+    `negative_eigenvalues`: β = 2 σ(W_b x), see `riverrun.nn.signed`.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class GatedDeltaNet(nn.Module):
         key_width: int | None = None,
         value_width: int | None = None,
         window: int = 4,
+        negative_eigenvalues: bool = False,
         eps: float = 1e-6,
     ):
         super().__init__()
@@ -38,6 +41,7 @@ class GatedDeltaNet(nn.Module):
         head_width(H, G, "num_key_heads")
         K, V = key_width or head_width(width, H), value_width or head_width(width, H)
         self.width, self.num_heads, self.num_key_heads, self.key_width = width, H, G, K
+        self.negative_eigenvalues = negative_eigenvalues
         self.sizes = (2 * G * K + H * V, H * V, H, H)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [q, k, v, z, b, a]
         self.conv = ShortConv(self.sizes[0], window)
@@ -55,7 +59,7 @@ class GatedDeltaNet(nn.Module):
         q, k, v = qkv.split([n, n, qkv.shape[-1] - 2 * n], -1)
         q, k = (unit(heads(p, self.num_key_heads)) for p in (q, k))
         g = -wide(self.log_rate).exp() * F.softplus(wide(a) + wide(self.dt_bias))
-        y, S = ops.delta(
-            q * self.key_width**-0.5, k, heads(v, self.num_heads), b.sigmoid(), g, state=S, reset=reset
-        )
+        q, v = q * self.key_width**-0.5, heads(v, self.num_heads)
+        beta = write_strength(b, self.negative_eigenvalues)
+        y, S = ops.delta(q, k, v, beta, g, state=S, reset=reset)
         return self.out(self.norm(y.flatten(2), z)), (S, past)

@@ -13,19 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import ShortConv, carried, wide
+from riverrun.nn import ShortConv, carried, fitting, wide
 from riverrun.nn.init import step_size_bias
+from riverrun.nn.signed import signed_selective
 
 
 class Mamba(nn.Module):
-    """arXiv:2312.00752. State: (h (B, E, N), conv (B, window - 1, E)) with E = expand · width."""
+    """arXiv:2312.00752. State: (h (B, E, N), conv (B, window - 1, E)) with E = expand · width.
+
+    `negative_eigenvalues`: h = (2 exp(dt A) - 1) ⊙ h + dt u Bᵀ, see `riverrun.nn.signed`.
+    """
 
     def __init__(
-        self, width: int, num_states: int = 16, expand: int = 2, window: int = 4, rank: int | None = None
+        self,
+        width: int,
+        num_states: int = 16,
+        expand: int = 2,
+        window: int = 4,
+        rank: int | None = None,
+        negative_eigenvalues: bool = False,
     ):
         super().__init__()
         E, N, R = expand * width, num_states, rank or -(-width // 16)
-        self.width, self.sizes = width, (R, N, N)
+        self.width, self.sizes, self.negative_eigenvalues = width, (R, N, N), negative_eigenvalues
         self.inp = nn.Linear(width, 2 * E, bias=False)  # [u, z]
         self.conv = ShortConv(E, window, bias=True)
         self.dt_bc = nn.Linear(E, R + 2 * N, bias=False)  # [δ, B, C]
@@ -45,5 +55,10 @@ class Mamba(nn.Module):
         u, past = self.conv(u, past, reset)
         delta, B, C = self.dt_bc(u).split(self.sizes, -1)
         dt = F.softplus(wide(self.dt(delta)))
-        y, h = ops.selective(u, dt, -wide(self.log_rate).exp(), B, C, state=h, reset=reset)
+        A = -wide(self.log_rate).exp()
+        if self.negative_eigenvalues:
+            h = fitting(self, h, x.shape[0], *A.shape)
+            y, h = signed_selective(u, dt, A, B, C, h, reset)
+        else:
+            y, h = ops.selective(u, dt, A, B, C, state=h, reset=reset)
         return self.out((y + self.skip * u) * F.silu(z)), (h, past)

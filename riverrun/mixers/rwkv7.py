@@ -2,9 +2,12 @@
 
     d_t = x_{t-1} - x_t    x^i = x + μ_i ⊙ d for i in r, w, k, v, a, g
     r, k, v = W x^r, W x^k, W x^v    w = exp(-e^{-1/2} σ(c_w + U tanh(V x^w)))    a = σ(c_a + U V x^a)
-    κ = (k ⊙ ξ) / |k ⊙ ξ|    k' = k ⊙ (1 + (a - 1) ⊙ α)    S_t = (diag(w_t) - (a ⊙ κ) κᵀ) S_{t-1} + k' vᵀ
+    κ = (k ⊙ ξ) / |k ⊙ ξ|    k' = k ⊙ (1 + (a - 1) ⊙ α)    S_t = (diag(w_t) - c (a ⊙ κ) κᵀ) S_{t-1} + k' vᵀ
     y_t = norm(S_tᵀ r_t) + (r ⊙ ρ ⊙ k')ᵀ1 v    out = W_o (y ⊙ U σ(V x^g))
 
+c = 1, unless the eigenvalues of the transition shall fill [-1, 1]. They are those of diag(w) - c u uᵀ, where
+u = √a ⊙ κ is no longer than one, so none is below min w - c, and w ≥ e^{-e^{-1/2}} = 0.545: c = 1 has
+negative ones already, down to -0.455; 1.545 is the largest c for which none leaves [-1, 1].
 Source: Peng et al. 2025 (arXiv:2503.14456) sec. 4. This is the paper's first layer: later ones also mix the
 first layer's v into theirs, which a mixer, seeing its own input only, cannot do.
 """
@@ -21,15 +24,25 @@ from riverrun.nn import HeadNorm, LowRank, carried, fitting, head_width, heads, 
 
 
 class RWKV7(nn.Module):
-    """arXiv:2503.14456. State: (S (B, H, K, K), last x (B, width)) with K = width / H."""
+    """arXiv:2503.14456. State: (S (B, H, K, K), last x (B, width)) with K = width / H.
+
+    `negative_eigenvalues`: c = 1 + e^{-e^{-1/2}}.
+    """
 
     def __init__(
-        self, width: int, num_heads: int = 4, decay_rank: int = 64, rate_rank: int = 64, gate_rank: int = 128
+        self,
+        width: int,
+        num_heads: int = 4,
+        decay_rank: int = 64,
+        rate_rank: int = 64,
+        gate_rank: int = 128,
+        negative_eigenvalues: bool = False,
     ):
         super().__init__()
         K = head_width(width, num_heads)
         ramp = torch.arange(width) / max(width - 1, 1)
         self.width, self.num_heads = width, num_heads
+        self.strength = 1 + math.exp(-math.exp(-0.5)) if negative_eigenvalues else 1
         self.mix = nn.Parameter((1 - ramp).repeat(6, 1))  # μ for [r, w, k, v, a, g]
         self.r, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.decay = LowRank(width, decay_rank, width, torch.tanh, bias=6 * ramp.sqrt() - 5.5)
@@ -55,7 +68,7 @@ class RWKV7(nn.Module):
         kappa = unit(heads(k * self.removal, H))
         k = k * (1 + (a - 1) * self.replacement)
         r, k, v, g, a = (heads(p, H) for p in (r, k, v, g, a))
-        y, S = ops.dplr(r, k, v, g, -a * kappa, kappa, state=S, reset=reset)
+        y, S = ops.dplr(r, k, v, g, -self.strength * a * kappa, kappa, state=S, reset=reset)
         bonus = (r * k * self.bonus).sum(-1, keepdim=True) * v
         y = (self.norm(y) + bonus.flatten(2)) * self.gate(xg)
         return self.out(y), (S, x[:, -1])

@@ -42,7 +42,7 @@ MIXERS: dict[str, Row] = {
         "DeltaNet",
         "2406.06484",
         op="delta",
-        small=dict(num_heads=2, max_beta=2.0),
+        small=dict(num_heads=2, negative_eigenvalues=True),
         golden=BY_EQUATION + "the authors' code runs on GPUs only",
         good="overwriting what a key held, so recalling more pairs than sums do",
         bad="forgetting what no later key overwrites",
@@ -120,6 +120,7 @@ MIXERS: dict[str, Row] = {
         golden="mamba.safetensors",
         good="dense signals and language with a small state for each channel",
         bad="recall of many pairs",
+        slow="only with negative_eigenvalues, which store every state for want of an op of their own",
     ),
     "mamba2": Row(
         "Mamba2",

@@ -1,0 +1,153 @@
+"""What the papers of the delta family state as equalities: negative eigenvalues, products of reflections."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from riverrun.mixers import MIXERS, build
+from riverrun.testing.laws import LAWS, WIDTH, instance
+from riverrun.testing.tolerance import close, error
+
+SIGNED = ["deltanet", "gated_deltanet", "mamba", "rwkv7"]
+OPEN, SHUT = 40.0, -40.0  # pre-activations at which float64's sigmoid and softplus have reached their ends
+LONG = 1e5  # a key so long that the 1e-6 inside its norm is lost in rounding
+
+
+def bits(T=300):
+    return torch.randint(2, (1, T), generator=torch.Generator().manual_seed(3)).double()
+
+
+def blank(name, **args):
+    """A mixer of width 8 with negative eigenvalues and all parameters zero; its inputs are (bit, 1, 0, ...)."""
+    mixer = build(name, 8, negative_eigenvalues=True, **args).double().requires_grad_(False)
+    for p in mixer.parameters():
+        p.zero_()
+    if hasattr(mixer, "conv"):
+        mixer.conv.weight[:, -1] = 1  # the step itself
+    mixer.out.weight[0, 0] = 1
+    return mixer
+
+
+def seen(b, width=8):
+    x = torch.zeros(*b.shape, width, dtype=torch.float64)
+    x[..., 0], x[..., 1] = b, 1
+    return x
+
+
+def deltanet_parity():
+    """s = s - 2 (s - 1/2) on a one, else s = s."""
+    m = blank("deltanet", num_heads=1)
+    m.inp.weight[0, 1] = m.inp.weight[8, 1] = LONG  # q and k: e_0 after their norm
+    m.inp.weight[16, 1] = 1
+    m.inp.weight[24, :2] = torch.tensor([OPEN - SHUT, SHUT])
+    m.norm.weight[:] = 1
+    return m
+
+
+def gated_deltanet_parity():
+    m = blank("gated_deltanet", num_heads=1)
+    m.inp.weight[0, 1] = m.inp.weight[8, 1] = LONG
+    m.inp.weight[16, 1] = m.inp.weight[24, 1] = 1
+    m.inp.weight[32, :2] = torch.tensor([OPEN - SHUT, SHUT])
+    m.dt_bias[:] = SHUT  # forgets nothing
+    m.norm.weight[:] = 1
+    return m
+
+
+def mamba_parity():
+    """h = -h + dt u B on a one, where exp(-dt) is nothing; else h = h, where dt is nothing."""
+    m = blank("mamba", num_states=1, rank=1)
+    for row, source in ((0, 1), (1, 0), (16, 1)):  # u_0, u_1 and the gate of channel 0
+        m.inp.weight[row, source] = 1
+    m.dt_bc.weight[0, 1] = m.dt_bc.weight[1, 0] = m.dt_bc.weight[2, 0] = 1  # δ by the bit, B and C by the one
+    m.dt.weight[0, 0], m.dt.bias[0] = 3 * OPEN, SHUT
+    return m
+
+
+def rwkv7_parity():
+    """Along the key, the transition is w - c a: its least w less c on a one, else one."""
+    m = blank("rwkv7", num_heads=1, decay_rank=1, rate_rank=1, gate_rank=1)
+    m.r.weight[0, 1] = m.k.weight[0, 1] = m.v.weight[0, 1] = 1
+    for gate, slope in ((m.decay, torch.tanh(torch.ones(()))), (m.rate, 1)):
+        gate.inp.weight[0, 0] = 1
+        gate.out.weight[:, 0], gate.out.bias[:] = (OPEN - SHUT) / slope, SHUT
+    m.removal[:] = LONG
+    m.replacement[:] = m.norm.weight[:] = m.gate.out.weight[:] = 1
+    return m
+
+
+PARITY = {
+    f.__name__.removesuffix("_parity"): f
+    for f in (deltanet_parity, gated_deltanet_parity, mamba_parity, rwkv7_parity)
+}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_one_layer_counts_modulo_two(name):
+    """y is zero after an even number of ones and the same for every odd one, after 1 as after 150."""
+    b = bits()
+    y = PARITY[name]()(seen(b))[0][..., 0]
+    odd = b.cumsum(1) % 2
+    assert y.abs().max() > 0.01
+    # each step may be off by some roundings, 300 of them by 1e-13, and the norm of an empty state enlarges
+    # that a thousandfold: its eps is 1e-6
+    close(y, odd * y.abs().max() * y.sum().sign(), name, bound=1e-6)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_without_the_switch_nothing_flips(name):
+    """The same weights, with eigenvalues in [0, 1] (rwkv7: down to -0.455), forget the count."""
+    b, m = bits(), PARITY[name]()
+    if name == "rwkv7":
+        m.strength = 1
+    m.negative_eigenvalues = False
+    y = m(seen(b))[0][..., 0]
+    assert error(y, b.cumsum(1) % 2 * y.abs().max() * y.sum().sign()) > 0.3
+
+
+@pytest.mark.parametrize(
+    "law", ["shape", "agreement", "split", "reset", "select", "half", "extremes", "bounded"]
+)
+@pytest.mark.parametrize("name", SIGNED)
+def test_laws_with_negative_eigenvalues(name, law):
+    """The table's rows leave the switch off, except deltanet's."""
+    args, row = {**MIXERS[name].small, "negative_eigenvalues": True}, MIXERS[name]
+    row = replace(row, op="diagonal") if name == "mamba" else row  # which it then stands on
+    LAWS[law](lambda: build(name, WIDTH, **args), row)
+
+
+def test_signed_mamba_is_its_equation(float64):
+    """h = (2 e^{dt A} - 1) h + dt u B, one step after another."""
+    m = instance(lambda: build("mamba", WIDTH, num_states=3, negative_eigenvalues=True))
+    x = torch.randn(2, 11, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        u, z = m.inp(x).chunk(2, -1)
+        u = m.conv(u)[0]
+        delta, B, C = m.dt_bc(u).split(m.sizes, -1)
+        dt, h, ys = torch.log1p(torch.exp(m.dt(delta))), 0, []
+        for t in range(11):
+            a = 2 * torch.exp(-dt[:, t, :, None] * m.log_rate.exp()) - 1
+            h = a * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+            ys.append((h * C[:, t, None]).sum(-1))
+        y = torch.stack(ys, 1) + m.skip * u
+        close(m(x)[0], m.out(y * z * torch.sigmoid(z)), "mamba")
+
+
+def test_rwkv7_reaches_minus_one_and_no_further():
+    """diag(w) - c (a ⊙ κ) κᵀ: c = 1 + min w keeps eigenvalues in [-1, 1] and reaches -1, c = 2 leaves it."""
+    g = torch.Generator().manual_seed(0)
+    c = build("rwkv7", 8, num_heads=1, negative_eigenvalues=True).strength
+    least = c - 1
+    w = least + (1 - least) * torch.rand(200, 6, generator=g, dtype=torch.float64)
+    a, kappa = (torch.randn(200, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    w[:50], a = least, a.sigmoid()
+    a[:50], kappa = 1, kappa / kappa.norm(dim=-1, keepdim=True)
+
+    def eigenvalues(c):
+        found = torch.linalg.eigvals(torch.diag_embed(w) - c * (a * kappa)[..., None] * kappa[:, None])
+        assert found.imag.abs().max() < 1e-9  # similar to a symmetric matrix
+        return found.real
+
+    assert abs(eigenvalues(c).min() + 1) < 1e-12 and eigenvalues(c).max() <= 1
+    assert eigenvalues(2).min() < -1.4 and eigenvalues(1).min() > -0.5

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_outer import OUTER
 
 from riverrun.mixers import MIXERS, build
 from riverrun.testing import golden
@@ -129,6 +130,7 @@ MAPPINGS = {
     "mlstm": mlstm,
     "rwkv7": rwkv7,
 }
+MAPPINGS |= OUTER
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

@@ -38,6 +38,15 @@ MIXERS: dict[str, Row] = {
         good="exact recall of anything in the context",
         bad="long contexts: its cache and its time per token grow with them",
     ),
+    "based": Row(
+        "Based",
+        "2402.18668",
+        op="outer",
+        small=dict(num_heads=2, feature_width=3),
+        golden="based.safetensors",
+        good="recall from a large state, beside attention in a small window",
+        bad="anything local without that window",
+    ),
     "deltanet": Row(
         "DeltaNet",
         "2406.06484",
@@ -73,6 +82,15 @@ MIXERS: dict[str, Row] = {
         golden="gru.safetensors",
         good="tracking any state, nonlinearly, step by step",
         bad="parallel training, and memory per parameter",
+    ),
+    "hgrn": Row(
+        "HGRN",
+        "2311.04823",
+        op="diagonal",
+        small=dict(lower_bound=0.2),
+        golden="hgrn.safetensors",
+        good="long memory with a vector for a state: its floor keeps upper layers from forgetting",
+        bad="recall: one number a channel",
     ),
     "hgrn2": Row(
         "HGRN2",
@@ -166,6 +184,15 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' package needs an old PyTorch",
         good="simplicity and smooth extrapolation in length",
         bad="choosing what to keep: its decays are fixed",
+    ),
+    "rwkv6": Row(
+        "RWKV6",
+        "2404.05892",
+        op="outer",
+        small=dict(num_heads=2, mix_rank=3, decay_rank=4),
+        golden="rwkv6.safetensors",
+        good="language by sums: each key forgets at a rate the input chooses",
+        bad="overwriting: a key's old value can only fade",
     ),
     "rwkv7": Row(
         "RWKV7",

@@ -1,0 +1,55 @@
+"""HGRN: complex leaky integrators whose forget gate has a floor and also says how much is written.
+
+    λ = γ + (1 - γ) σ(W_λ x)    h_t = λ_t e^{iθ} ⊙ h_{t-1} + (1 - λ_t) ⊙ c_t    c = silu(W_c x), complex
+    out = W_o (norm([Re h, Im h]) ⊙ silu(W_z x))
+
+Source: Qin et al. 2023 (arXiv:2311.04823) sec. 3.2-3.3, with learned θ. `rotate=False` leaves the rotation
+and the imaginary parts out, as the authors' later code does. The floor γ, which the paper learns so that it
+rises from layer to layer, is a constant of each layer here: a mixer does not see the others.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from riverrun import ops
+from riverrun.nn import GatedRMSNorm, carried, fitting, wide
+
+
+class HGRN(nn.Module):
+    """arXiv:2311.04823. State: h (B, E, 2), real and imaginary parts, or (B, E) without rotation; E = width.
+
+    `lower_bound` γ in [0, 1) of the forget gates.
+    """
+
+    def __init__(self, width: int, lower_bound: float = 0.0, rotate: bool = True, eps: float = 1e-6):
+        super().__init__()
+        if not 0 <= lower_bound < 1:
+            raise ValueError(f"lower_bound = {lower_bound}; accepted is 0 ≤ lower_bound < 1")
+        parts = 2 if rotate else 1
+        self.width, self.lower_bound = width, lower_bound
+        self.sizes = (parts * width, width, parts * width)
+        self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [(Re c, Im c), λ, z]
+        self.angle = nn.Parameter(1e4 ** (-2 * torch.arange(width) / width)) if rotate else None  # θ
+        self.norm = GatedRMSNorm(parts * width, eps=eps)
+        self.out = nn.Linear(parts * width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        state = carried(self, x, state, reset)
+        c, f, z = self.inp(x).split(self.sizes, -1)
+        c, f, bound = F.silu(wide(c)), wide(f), self.lower_bound
+        keep, write = bound + (1 - bound) * f.sigmoid(), (1 - bound) * (-f).sigmoid()
+        if self.angle is None:
+            h, state = ops.diagonal(keep, write * c, state=state, reset=reset)
+            return self.out(self.norm(h.to(x.dtype), z)), state
+        state = fitting(self, state, x.shape[0], self.width, 2)
+        decay = torch.polar(keep, wide(self.angle).expand_as(keep))
+        drive = torch.complex(*c.chunk(2, -1)) * write
+        past = None if state is None else torch.view_as_complex(state)
+        h, last = ops.diagonal(decay, drive, state=past, reset=reset)
+        y = torch.cat([h.real, h.imag], -1).to(x.dtype)
+        return self.out(self.norm(y, z)), torch.view_as_real(last)

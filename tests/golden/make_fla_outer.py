@@ -1,0 +1,101 @@
+"""Golden numbers of rwkv6, based and hgrn from the plain PyTorch functions of flash-linear-attention.
+
+Those functions begin behind the projections, whose layers need a GPU; they are written out here as the papers
+and fla/layers have them. float32 on the CPU.
+
+python tests/golden/make_fla_outer.py [NAME ...]    # pip install fla-core==0.6.0 triton==3.6.0, torch 2.13.0
+"""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from fla.ops.based.naive import naive_parallel_based
+from fla.ops.hgrn.naive import naive_recurrent_hgrn
+from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
+
+from riverrun.testing import golden
+
+WIDTH, STEPS, HEADS = 16, 70, 2
+
+
+def matrix(out, width=WIDTH):
+    return torch.randn(out, width) * width**-0.5
+
+
+def split(x, heads=HEADS):
+    """(B, T, H·P) -> (B, H, T, P), the layout of most of those functions."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def rms(x, weight, eps=1e-6):
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rwkv6(x):
+    """The names are those of the authors' code, RWKV-LM/RWKV-v6."""
+    R, K = 3, WIDTH // HEADS
+    w = {f"time_maa_{i}": torch.rand(WIDTH) for i in "xwkvrg"}
+    w |= {"time_maa_w1": matrix(5 * R), "time_maa_w2": torch.randn(5, R, WIDTH) * 0.3}
+    w |= {"time_decay": torch.randn(WIDTH), "time_faaaa": torch.randn(HEADS, K)}
+    w |= {"time_decay_w1": matrix(R), "time_decay_w2": torch.randn(WIDTH, R)}
+    w |= {f"{i}.weight": matrix(WIDTH) for i in ("receptance", "key", "value", "gate", "output")}
+    w |= {"ln_x.weight": 1 + 0.3 * torch.randn(WIDTH), "ln_x.bias": torch.randn(WIDTH)}
+    d = F.pad(x, (0, 0, 1, -1)) - x
+    low = torch.tanh((x + d * w["time_maa_x"]) @ w["time_maa_w1"].T).unflatten(-1, (5, R))
+    mixed = {}
+    for i, name in enumerate("wkvrg"):
+        mixed[name] = x + d * (w[f"time_maa_{name}"] + low[..., i, :] @ w["time_maa_w2"][i])
+    r, k, v = (
+        split(mixed[i] @ w[f"{name}.weight"].T) for i, name in zip("rkv", ("receptance", "key", "value"))
+    )
+    decay = w["time_decay"] + torch.tanh(mixed["w"] @ w["time_decay_w1"].T) @ w["time_decay_w2"].T
+    y, S = naive_recurrent_rwkv6(
+        r, k, v, -split(decay).exp(), w["time_faaaa"], scale=1.0, output_final_state=True
+    )
+    y = F.group_norm(join(y).flatten(0, 1), HEADS, w["ln_x.weight"], w["ln_x.bias"], 1e-5 * K).view_as(x)
+    y = (y * F.silu(mixed["g"] @ w["gate.weight"].T)) @ w["output.weight"].T
+    return y, w, {"S": S, "last": x[:, -1]}, dict(num_heads=HEADS, mix_rank=R, decay_rank=R)
+
+
+def based(x):
+    """The names are those of fla/layers/based.py."""
+    d = 3
+    w = {"q_proj.weight": 2 * matrix(HEADS * d), "k_proj.weight": 2 * matrix(HEADS * d)}
+    w |= {"v_proj.weight": matrix(WIDTH), "o_proj.weight": matrix(WIDTH)}
+    q, k, v = (split(x @ w[f"{i}_proj.weight"].T) for i in "qkv")
+    y = join(naive_parallel_based(q, k, v)) @ w["o_proj.weight"].T
+    return y, w, {}, dict(num_heads=HEADS, feature_width=d)
+
+
+def hgrn(x):
+    """The version without complex numbers; the names are those of fla/layers/hgrn.py."""
+    w, bound = {f"{i}_proj.weight": matrix(WIDTH) for i in "ifgo"}, 0.3
+    w["g_norm.weight"] = 1 + 0.3 * torch.randn(WIDTH)
+    i, f, z = (x @ w[f"{j}_proj.weight"].T for j in "ifg")
+    f = bound + (1 - bound) * f.sigmoid()
+    h, last = naive_recurrent_hgrn(F.silu(i) * (1 - f), f.log(), output_final_state=True)
+    y = (rms(h, w["g_norm.weight"]) * F.silu(z)) @ w["o_proj.weight"].T
+    return y, w, {"h": last}, dict(lower_bound=bound, rotate=False)
+
+
+LAYERS = {f.__name__: f for f in (rwkv6, based, hgrn)}
+
+
+def main() -> None:
+    for name in sys.argv[1:] or LAYERS:
+        torch.manual_seed(0)
+        x = torch.randn(2, STEPS, WIDTH)
+        y, weights, state, args = LAYERS[name](x)
+        path = Path(__file__).parent / f"{name}.safetensors"
+        golden.save(path, x, y, weights, state, args, "fla-core", version("fla-core"))
+
+
+if __name__ == "__main__":
+    main()

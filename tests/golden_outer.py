@@ -1,0 +1,48 @@
+"""How other people's weights of the outer-product mixers become ours; for `test_golden`."""
+
+import torch
+
+from riverrun.testing.golden import Golden
+
+
+def rwkv6(g: Golden):
+    w = g.weights
+    parameters = {
+        "mix": torch.stack([w[f"time_maa_{i}"] for i in "xwkvrg"]),
+        "low.weight": w["time_maa_w1"],
+        "high": w["time_maa_w2"],
+        "r.weight": w["receptance.weight"],
+        "k.weight": w["key.weight"],
+        "v.weight": w["value.weight"],
+        "gate.weight": w["gate.weight"],
+        "decay.inp.weight": w["time_decay_w1"],
+        "decay.out.weight": w["time_decay_w2"],
+        "decay.out.bias": w["time_decay"],
+        "bonus": w["time_faaaa"],
+        "norm.weight": w["ln_x.weight"],
+        "norm.bias": w["ln_x.bias"],
+        "out.weight": w["output.weight"],
+    }
+    return parameters, (g.state["S"], g.state["last"])
+
+
+def based(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat([w[f"{i}_proj.weight"] for i in "qkv"]),
+        "out.weight": w["o_proj.weight"],
+    }
+    return parameters, None
+
+
+def hgrn(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat([w[f"{i}_proj.weight"] for i in "ifg"]),
+        "norm.weight": w["g_norm.weight"],
+        "out.weight": w["o_proj.weight"],
+    }
+    return parameters, g.state["h"]
+
+
+OUTER = {f.__name__: f for f in (rwkv6, based, hgrn)}

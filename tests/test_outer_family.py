@@ -1,0 +1,68 @@
+"""What the papers of the outer-product mixers state as equalities."""
+
+import pytest
+import torch
+
+from riverrun import ops
+from riverrun.mixers import build
+from riverrun.nn.taylor import taylor
+from riverrun.testing.laws import inputs, instance
+from riverrun.testing.tolerance import close
+
+WIDTH = 16
+
+
+def make(name, **args):
+    return instance(lambda: build(name, WIDTH, **args))
+
+
+# Based
+
+
+def test_taylor_features_multiply_to_the_polynomial(float64):
+    q, k = torch.randn(5, 7), torch.randn(5, 7)
+    s = (q * k).sum(-1) / 7**0.5
+    close((taylor(q) * taylor(k)).sum(-1), 1 + s + s**2 / 2, "φ(q)ᵀφ(k)")
+    assert taylor(q).shape[-1] == 1 + 7 + 7 * 8 // 2
+
+
+@pytest.mark.parametrize("impl", ["sequential", "chunk", "cpu"])
+def test_based_is_attention_with_the_polynomial_for_the_exponential(impl):
+    """The parallel form, all pairs at once, against the recurrence and its chunks."""
+    mixer, x = make("based", num_heads=2, feature_width=3), inputs(67)
+    q, k, v = (p.unflatten(-1, (2, -1)) for p in mixer.inp(x).split(mixer.sizes, -1))
+    s = torch.einsum("bthk,bshk->bhts", q, k) / 3**0.5
+    weight = (1 + s + s**2 / 2).tril()
+    y = torch.einsum("bhts,bshv->bthv", weight / weight.sum(-1, keepdim=True), v)
+    with ops.forced(outer=impl):
+        close(mixer(x)[0], mixer.out(y.flatten(2)), impl)
+
+
+def test_a_window_as_long_as_the_text_is_attention():
+    attention, x = make("attention", num_heads=2), inputs(67)
+    for window in (67, 100):
+        near = make("sliding_window", num_heads=2, window=window)
+        near.load_state_dict(attention.state_dict())
+        close(near(x)[0], attention(x)[0], f"window {window}")
+    near.window = 20
+    assert not torch.allclose(near(x)[0], attention(x)[0])
+
+
+# HGRN
+
+
+def test_hgrn_turns_and_leaks():
+    """The recurrence in complex numbers, token by token."""
+    mixer, x = make("hgrn", lower_bound=0.2), inputs(23)
+    with torch.no_grad():
+        p = mixer.inp(x[0])
+        c = torch.nn.functional.silu(p[:, : 2 * WIDTH])
+        c = torch.complex(c[:, :WIDTH], c[:, WIDTH:])
+        f, z = 0.2 + 0.8 / (1 + torch.exp(-p[:, 2 * WIDTH : 3 * WIDTH])), p[:, 3 * WIDTH :]
+        h, ys = torch.zeros(WIDTH, dtype=torch.complex128), []
+        for t in range(23):
+            h = f[t] * torch.exp(1j * mixer.angle) * h + (1 - f[t]) * c[t]
+            ys.append(torch.cat([h.real, h.imag]))
+        y = torch.stack(ys)
+        y = mixer.norm.weight * y / torch.sqrt((y**2).mean(-1, keepdim=True) + 1e-6)
+        close(mixer(x)[0][0], (y * z / (1 + torch.exp(-z))) @ mixer.out.weight.T, "y")

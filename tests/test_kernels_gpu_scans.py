@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 from riverrun import doctor, ops
 from riverrun.kernels.gpu import KERNELS, norm
 from riverrun.kernels.gpu.launch import DEVICE
+from riverrun.nn import GatedRMSNorm
 from riverrun.state import leaves
 from riverrun.testing import inputs
 from riverrun.testing.inputs import Size
@@ -106,16 +107,21 @@ def test_gated_norm(before, shared):
     roundings."""
     width, group = (12, 4) if DEVICE == "cpu" else (480, 96)
     generator = torch.Generator().manual_seed(0)
-    x, z = (torch.randn(3, 50, width, generator=generator) for _ in range(2))
+    x = torch.randn(3, 50, width, generator=generator)
+    z = torch.randn(3, 50, 3 * width, generator=generator).to(DEVICE)[..., :width]  # as a projection gives it
     w = torch.randn(group if shared else width, generator=generator)
     ours = [v.to(DEVICE).requires_grad_() for v in (x, z, w)]
-    exact = [v.double().requires_grad_() for v in (x, z, w)]
+    exact = [v.detach().cpu().double().requires_grad_() for v in (x, z, w)]
     gate = F.silu(exact[1])
     u = exact[0] * gate if before else exact[0]
     n = F.rms_norm(u.unflatten(-1, (-1, group)), (group,), eps=1e-6) * exact[2].view(-1, group)
     y = n.flatten(-2) if before else n.flatten(-2) * gate
     dy = torch.randn(y.shape, generator=generator)
-    found = norm.gated_rms_norm(*ours, group=group, before=before)
+    layer = GatedRMSNorm(width, group, before=before, shared=shared).to(DEVICE)
+    layer.weight = torch.nn.Parameter(ours[2].detach())
+    ours[2] = layer.weight
+    found = layer(*ours[:2])
+    assert torch.equal(found, norm.gated_rms_norm(*ours, group=group, before=before))
     pairs = zip(
         (found, *torch.autograd.grad(found, ours, dy.to(DEVICE))),
         (y, *torch.autograd.grad(y, exact, dy.double())),

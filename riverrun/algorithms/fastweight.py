@@ -93,11 +93,16 @@ def run(rule: Rule, *args: Tensor | None, state: FastState | None = None, reset:
         piece = {name: x[n] for name, x in pieces.items()}
         y, memory = advance(rule, memory, piece, norm)
         ys.append(y)
-        if torch.compiler.is_compiling() or bool(p.full[:, n].any()):
+        if unseen(v) or bool(p.full[:, n].any()):
             W, A, Z = memory
             memory = (*choose(p.full[:, n], settle(rule, W, A, initial), (W, A)), Z)
     y = torch.stack(ys, 1).movedim(2, 3).flatten(1, 2)  # (B, N·C, H, V)
     return y.gather(1, p.place[..., None, None].expand_as(v)), (*memory, p.used.to(v.dtype))
+
+
+def unseen(x: Tensor) -> bool:
+    """Whether no number can be looked at, because a graph is being compiled or recorded."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def choose(rows: Tensor, new: Any, old: Any) -> Any:

@@ -31,6 +31,7 @@ class Settings(Sampling):
 
     max_tokens: int = 200
     piece: int = 1024  # tokens of a prompt that are read at once
+    graph: bool | None = None  # record a step on a GPU and replay it; none: wherever that can be done
     seed: int | None = None  # none: that of the state file, or 0
     samples: int = 1  # texts for each prompt, with seeds that count up from `seed`
     special: Literal["refuse", "read", "text"] = "refuse"  # what "<|...|>" in a prompt is
@@ -41,7 +42,7 @@ def run(
 ) -> int:
     """Write text to standard output, and what is to be said about it to standard error."""
     chosen = override(Settings(), settings)
-    limits = Limits(chosen.max_tokens, tuple(stop), chosen.piece)
+    limits = Limits(chosen.max_tokens, tuple(stop), chosen.piece, chosen.graph)
     resumed = state is not None and state.is_file()
     if state is not None and not resumed and not prompts:
         raise FileNotFoundError(f"no state file '{state}' to go on from; give a --prompt to begin one there")

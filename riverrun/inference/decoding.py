@@ -10,6 +10,9 @@ then the rest; and those whose states differ in shape (caches that grow) run one
 each sequence gets what it would have had alone, up to the rounding of matrix products. What is drawn depends
 on the sequence's seed and its number of draws only, and the state has always read everything but the last
 token, so a run of n tokens that is gone on with for m more is a run of n + m.
+
+On a GPU a step of a model whose state has a constant size is recorded once for each batch size and replayed
+(graph.py): the same kernels, the same bits. `Limits(graph=False)` runs every step by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from riverrun.data.tokens import Tokenizer
 from riverrun.models.language import LanguageModel
 from riverrun.state import State
 
+from .graph import Replay, refusal
 from .sampling import Sampling, distribution, draw, uniform
 from .stopping import Outlet
 from .streams import OVER, Stream, assign, begin, complete, go_on, join, settle, together
@@ -30,11 +34,12 @@ from .streams import OVER, Stream, assign, begin, complete, go_on, join, settle,
 
 @dataclass(frozen=True)
 class Limits:
-    """When generation ends, and how many tokens of a prompt are read at once."""
+    """When generation ends, how many tokens of a prompt are read at once, and how a step is run."""
 
     max_tokens: int = 200
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     piece: int = 1024  # bounds the memory that reading a long prompt takes
+    graph: bool | None = None  # steps are recorded and replayed (graph.py); None: wherever that can be done
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or "" in self.stop:
@@ -78,6 +83,13 @@ class Generation:
         self.sequences = begin(tokens or [], tokenizer.end) if resume is None else go_on(resume, tokens)
         if seeds is not None or resume is None:
             assign(seeds or 0, self.sequences)
+        why_not = refusal(model)
+        if limits.graph and why_not:
+            raise ValueError(
+                f"graph = True, but {why_not}; leave it out to run such a model's steps one by one"
+            )
+        self.recorded = why_not is None if limits.graph is None else limits.graph
+        self.replay: Replay | None = None
 
     def __iter__(self) -> Iterator[list[str]]:
         for s in self.sequences:
@@ -129,7 +141,13 @@ class Generation:
     def _step(self, rows: list[Stream], state: State) -> tuple[list[int], State]:
         """A token drawn for each sequence, and the state that has read the tokens before these."""
         tokens = torch.tensor([s.pending for s in rows], device=self.device)
-        logits, state = self.model(tokens, state)
+        if not self.recorded:
+            logits, state = self.model(tokens, state)
+        else:
+            if self.replay is None or self.replay.state is not state:  # other sequences than before
+                self.replay = Replay(self.model, state)
+            logits = self.replay(tokens)
+            state = self.replay.state
         p = distribution(logits[:, -1], self.sampling, [s.recent for s in rows])
         return draw(p, [uniform(s.seed, s.draws) for s in rows]), state
 
@@ -152,6 +170,7 @@ class Generation:
                     return
         finally:
             settle(rows, state)
+            self.replay = None
 
     def _take(self, s: Stream, token: int, last: bool) -> str:
         """Note a drawn token; the text that goes out with it."""

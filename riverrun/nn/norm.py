@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from riverrun.ops import gpu
+
 from .shape import wide
 
 
@@ -23,7 +25,7 @@ class GatedRMSNorm(nn.Module):
     """RMS norm of each `group` of channels with a gate: w ⊙ norm(x) ⊙ silu(z), or w ⊙ norm(x ⊙ silu(z)).
 
     x, z: (..., width). `weight` is (width), or (group) shared by all groups when `shared`. `before` gates
-    before the norm, as Mamba-2 does; Gated DeltaNet gates after it.
+    before the norm, as Mamba-2 does; Gated DeltaNet gates after it. On a GPU one kernel does it all.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(self.group if shared else width))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        if gpu is not None and gpu.norm.refuses(x, z, self.group) is None:
+            return gpu.norm.gated_rms_norm(x, z, self.weight, self.group, self.eps, self.before)
         dtype, x, gate = x.dtype, wide(x), F.silu(wide(z))
         if self.before:
             x = x * gate

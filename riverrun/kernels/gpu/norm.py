@@ -33,22 +33,24 @@ def _inner(x, z, N, eps, BEFORE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, z, w, y, R, N, eps, M: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr
-):
-    """Grid (blocks of ROWS rows, M groups)."""
+    x, z, w, y, R, N, XS, ZS, eps,
+    M: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of ROWS rows, M groups). XS, ZS: from one row of x, z to the next."""
     row, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, C)
     group = tl.program_id(1)
-    at, inside = (row[:, None] * M + group) * N + c[None, :], (row < R)[:, None] & (c < N)[None, :]
-    x_ = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    z_ = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    channel, inside = group * N + c[None, :], (row < R)[:, None] & (c < N)[None, :]
+    x_ = tl.load(x + row[:, None] * XS + channel, mask=inside, other=0.0).to(tl.float32)
+    z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
     n, _, gate, _ = _inner(x_, z_, N, eps, BEFORE)
     n *= tl.load(w + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
+    at = row[:, None] * (M * N) + channel
     tl.store(y + at, (n if BEFORE else n * gate).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    x, z, w, dy, dx, dz, dw, R, N, eps, LENGTH,
+    x, z, w, dy, dx, dz, dw, R, N, XS, ZS, eps, LENGTH,
     M: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """Grid (stretches of LENGTH rows, M groups). dw has a row for each stretch."""
@@ -56,11 +58,11 @@ def _backward(
     w_ = tl.load(w + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([ROWS, C], tl.float32)
     for r0 in range(part * LENGTH, tl.minimum(R, (part + 1) * LENGTH), ROWS):
-        row = r0 + tl.arange(0, ROWS)
-        at = (row.to(tl.int64)[:, None] * M + group) * N + c[None, :]
+        row, channel = (r0 + tl.arange(0, ROWS)).to(tl.int64), group * N + c[None, :]
+        at = row[:, None] * (M * N) + channel
         inside = (row < R)[:, None] & (c < N)[None, :]
-        x_ = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        z_ = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        x_ = tl.load(x + row[:, None] * XS + channel, mask=inside, other=0.0).to(tl.float32)
+        z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
         dy_ = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         n, r, gate, slope = _inner(x_, z_, N, eps, BEFORE)
         gated = dy_ if BEFORE else dy_ * gate
@@ -88,11 +90,21 @@ def _tile(x: Tensor, before: bool) -> dict:
     }
 
 
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor, groups: int, group: int) -> Tensor:
+    """(rows, groups, group), a view if a row lies in one piece: a gate is often a part of a wider tensor."""
+    rows = x.reshape(-1, groups * group)
+    return (rows if rows.stride(1) == 1 else rows.contiguous()).view(-1, groups, group)
+
+
 @torch.library.custom_op("riverrun::gated_norm_gpu", mutates_args=(), device_types=DEVICE)
 def _norm(x: Tensor, z: Tensor, w: Tensor, eps: float, before: bool) -> Tensor:
-    y, tile = torch.empty_like(x), _tile(x, before)
+    y, tile = _like(x), _tile(x, before)
     grid = (triton.cdiv(x.shape[0], tile["ROWS"]), x.shape[1])
-    _forward[grid](x, z, w, y, x.shape[0], x.shape[2], eps, **tile)
+    _forward[grid](x, z, w, y, x.shape[0], x.shape[2], x.stride(0), z.stride(0), eps, **tile)
     return y
 
 
@@ -104,19 +116,19 @@ def _norm_backward(
     parts = min(triton.cdiv(R, tile["ROWS"]), max(1, 512 // M))
     length = triton.cdiv(triton.cdiv(R, parts), tile["ROWS"]) * tile["ROWS"]
     parts = triton.cdiv(R, length)
-    dx, dz, dw = torch.empty_like(x), torch.empty_like(z), x.new_empty(parts, M, N, dtype=torch.float32)
-    _backward[(parts, M)](x, z, w, dy, dx, dz, dw, R, N, eps, length, **tile)
+    dx, dz, dw = _like(x), _like(z), x.new_empty(parts, M, N, dtype=torch.float32)
+    _backward[(parts, M)](x, z, w, dy, dx, dz, dw, R, N, x.stride(0), z.stride(0), eps, length, **tile)
     return dx, dz, dw.sum(0).to(w.dtype)
 
 
 @_norm.register_fake
 def _(x, z, w, eps, before):
-    return torch.empty_like(x)
+    return _like(x)
 
 
 @_norm_backward.register_fake
 def _(x, z, w, dy, eps, before):
-    return torch.empty_like(x), torch.empty_like(z), torch.empty_like(w)
+    return _like(x), _like(z), torch.empty_like(w)
 
 
 def _setup(ctx, inputs, output):
@@ -135,8 +147,16 @@ def gated_rms_norm(
     x: Tensor, z: Tensor, weight: Tensor, group: int, eps: float = 1e-6, before: bool = False
 ) -> Tensor:
     """x, z: (..., width); weight: (width), or (group) shared by all groups; y has x's shape and dtype."""
-    if group > WIDEST:
-        raise ValueError(f"a group of {group} channels; one program holds at most {WIDEST}")
+    if why := refuses(x, z, group):
+        raise ValueError(f"gated_rms_norm: {why}")
     w = weight.view(-1, group).expand(x.shape[-1] // group, group).contiguous()
-    x_, z_ = (v.reshape(-1, *w.shape).contiguous() for v in (x, z))
-    return _norm(x_, z_, w, eps, before).view(x.shape)
+    return _norm(_rows(x, *w.shape), _rows(z, *w.shape), w, eps, before).view(x.shape)
+
+
+def refuses(x: Tensor, z: Tensor, group: int) -> str | None:
+    """Why the kernel cannot take x and z, or None."""
+    if x.device.type != DEVICE:
+        return f"it runs on {DEVICE}, x is on {x.device.type}"
+    if torch.float64 in (x.dtype, z.dtype):
+        return "it computes in float32, and an argument is float64"
+    return f"a group of {group} channels is more than the {WIDEST} of one program" if group > WIDEST else None

@@ -1,0 +1,43 @@
+"""What recorded steps rest on, where there is no GPU: refusals, the check of a state, copying it over."""
+
+import pytest
+import torch
+
+from riverrun.data.tokens import ByteTokenizer
+from riverrun.inference import graph
+from riverrun.inference.decoding import Generation, Limits
+from riverrun.models.language import LanguageConfig, LanguageModel
+
+
+def model(pattern="mingru"):
+    return LanguageModel(LanguageConfig(ByteTokenizer().size, 8, depth=1, pattern=pattern))
+
+
+def test_a_model_on_a_cpu_is_run_step_by_step_and_refused_when_asked_for():
+    assert "on 'cpu'" in graph.refusal(model())
+    with pytest.raises(ValueError, match="graph = True, but CUDA graphs need a GPU"):
+        Generation(model(), ByteTokenizer(), [""], Limits(1, graph=True))
+    assert not Generation(model(), ByteTokenizer(), [""], Limits(1)).recorded
+
+
+def test_a_state_may_not_change_in_what_python_sees():
+    before = (torch.zeros(2, 3), None)
+    assert graph.changes(before, (torch.zeros(2, 3), None)) is None
+    assert "its shapes" in graph.changes(before, (torch.zeros(2, 4), None))
+    assert "torch.float64" in graph.changes(before, (torch.zeros(2, 3).double(), None))
+    assert "on the CPU changes" in graph.changes(before, (torch.ones(2, 3), None))
+
+
+def test_a_state_is_owned_whole():
+    wide = torch.arange(12.0).view(3, 4)
+    mine = graph.owned(wide[:, 1:3])
+    wide.zero_()
+    assert mine.is_contiguous() and mine.tolist() == [[1, 2], [5, 6], [9, 10]]
+
+
+def test_overwriting_reads_everything_before_it_writes(monkeypatch):
+    """Two parts that change places. What lies on the CPU is never copied, so the test hides where it lies."""
+    monkeypatch.setattr(graph, "on_gpu", lambda x: True)
+    a, b, c = torch.ones(2), torch.full((2,), 2.0), torch.zeros(2, dtype=torch.int64)
+    graph.overwrite((a, b, c), (b, a, torch.ones(2, dtype=torch.int64)))
+    assert (a.tolist(), b.tolist(), c.tolist()) == ([2, 2], [1, 1], [1, 1])

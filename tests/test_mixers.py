@@ -8,6 +8,8 @@ from functools import cache
 import pytest
 import torch
 from equations_fastweight import lact, miras, titans, ttt
+from equations_outer import OUTER
+from equations_routed import mom, sse
 
 from riverrun import state as states
 from riverrun.mixers import MIXERS, build
@@ -174,6 +176,8 @@ def sliding_window(m, x):
 
 EQUATIONS = [linear_attention, retnet, gla, hgrn2, deltanet, s5, slstm, attention, sliding_window]
 EQUATIONS += [lact, miras, titans, ttt]
+EQUATIONS += OUTER
+EQUATIONS += [mom, sse]
 
 
 def small(name):

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import carried, head_width, heads, wide
-
-
-def positive(u: Tensor) -> Tensor:
-    """elu(u) + 1, without its kernel, whose compiled backward fails on strided inputs (PyTorch 2.13)."""
-    return F.relu(u) + u.clamp(max=0).exp()
+from riverrun.nn.feature import positive
 
 
 class LinearAttention(nn.Module):

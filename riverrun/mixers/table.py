@@ -212,6 +212,16 @@ MIXERS: dict[str, Row] = {
         good="continuous signals and very long ranges",
         bad="selecting by content: its dynamics are fixed",
     ),
+    "mom": Row(
+        "MoM",
+        "2502.13685",
+        op="delta",
+        small=dict(num_heads=2, num_memories=3, chosen=2),
+        golden=BY_EQUATION + "the authors' layer runs on GPUs only",
+        compiles=False,  # unless masked: how many tokens a memory gets is data,
+        good="recall: tokens that would disturb each other go to memories of their own",
+        bad="speed: tokens are sorted into their memories, and out again",
+    ),
     "sliding_window": Row(
         "SlidingWindow",
         "2004.05150",
@@ -253,3 +263,13 @@ MIXERS: dict[str, Row] = {
         bad="what lies inside a chunk",
     ),
 }
+    "sse": Row(
+        "SSE",
+        "2507.16577",
+        op="outer",
+        small=dict(num_heads=2, num_partitions=3, writers=2, readers=1, rank=4, decay_rank=4),
+        golden=BY_EQUATION + "the authors' layer runs on GPUs only",
+        compiles=False,  # unless masked: how many tokens a partition gets is data,
+        good="a state that grows without parameters and without work per token",
+        bad="speed: tokens are sorted into their partitions, and out again",
+    ),

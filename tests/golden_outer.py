@@ -45,4 +45,14 @@ def hgrn(g: Golden):
     return parameters, g.state["h"]
 
 
-OUTER = {f.__name__: f for f in (rwkv6, based, hgrn)}
+def gsa(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat([w[f"{i}_proj.weight"] for i in "qkvf"]),
+        "norm.weight": w["g_norm.weight"],
+        "out.weight": w["o_proj.weight"],
+    }
+    return parameters, (g.state["K"].mT, g.state["V"])
+
+
+OUTER = {f.__name__: f for f in (rwkv6, based, hgrn, gsa)}

@@ -130,7 +130,7 @@ MAPPINGS = {
     "mlstm": mlstm,
     "rwkv7": rwkv7,
 }
-MAPPINGS |= OUTER
+MAPPINGS |= OUTER | BOTH
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

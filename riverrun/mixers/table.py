@@ -83,6 +83,15 @@ MIXERS: dict[str, Row] = {
         good="tracking any state, nonlinearly, step by step",
         bad="parallel training, and memory per parameter",
     ),
+    "gsa": Row(
+        "GSA",
+        "2409.07146",
+        op="outer",
+        small=dict(num_heads=2, num_slots=5),
+        golden="gsa.safetensors",
+        good="recall from few slots, and taking over the weights of a softmax model",
+        bad="speed: its memory is walked through twice",
+    ),
     "hgrn": Row(
         "HGRN",
         "2311.04823",

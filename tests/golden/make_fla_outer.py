@@ -1,4 +1,4 @@
-"""Golden numbers of rwkv6, based and hgrn from the plain PyTorch functions of flash-linear-attention.
+"""Golden numbers of rwkv6, based, hgrn and gsa from the plain PyTorch functions of flash-linear-attention.
 
 Those functions begin behind the projections, whose layers need a GPU; they are written out here as the papers
 and fla/layers have them. float32 on the CPU.
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fla.ops.based.naive import naive_parallel_based
+from fla.ops.gsa.naive import naive_recurrent_gsa
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
 from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 
@@ -85,7 +86,21 @@ def hgrn(x):
     return y, w, {"h": last}, dict(lower_bound=bound, rotate=False)
 
 
-LAYERS = {f.__name__: f for f in (rwkv6, based, hgrn)}
+def gsa(x):
+    """The names are those of fla/layers/gsa.py."""
+    slots, temperature = 5, 8.0
+    w = {f"{i}_proj.weight": 2 * matrix(WIDTH) for i in "qkvo"}
+    w |= {"f_proj.weight": 3 * matrix(HEADS * slots), "g_norm.weight": 1 + 0.3 * torch.randn(WIDTH)}
+    q, k, v, f = ((x @ w[f"{i}_proj.weight"].T).unflatten(-1, (HEADS, -1)) for i in "qkvf")
+    g = F.logsigmoid(f) / temperature
+    y, (K, V) = naive_recurrent_gsa(
+        F.silu(q), F.silu(k), F.silu(v), 1 - g.exp(), g, scale=1.0, output_final_state=True
+    )
+    y = rms(F.silu(y).flatten(2), w["g_norm.weight"]) @ w["o_proj.weight"].T
+    return y, w, {"K": K, "V": V}, dict(num_heads=HEADS, num_slots=slots, temperature=temperature)
+
+
+LAYERS = {f.__name__: f for f in (rwkv6, based, hgrn, gsa)}
 
 
 def main() -> None:

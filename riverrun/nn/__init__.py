@@ -1,8 +1,9 @@
-"""Layers that do not mix time, and two that do: the short convolution and attention."""
+"""Layers that do not mix time, and a few that do: short convolutions, attention, both ways at once."""
 
 from .attend import attend
-from .check import carried, fitting, head_width
-from .conv import ShortConv, previous
+from .both import apart, both_resets, both_ways, each_document, pooled
+from .check import carried, fitting, head_width, whole
+from .conv import LocalConv, ShortConv, previous
 from .lowrank import LowRank
 from .mlp import GatedMLP
 from .norm import GatedRMSNorm, HeadNorm, RMSNorm, unit
@@ -13,17 +14,24 @@ __all__ = [
     "GatedMLP",
     "GatedRMSNorm",
     "HeadNorm",
+    "LocalConv",
     "LowRank",
     "RMSNorm",
     "ShortConv",
+    "apart",
     "attend",
+    "both_resets",
+    "both_ways",
     "carried",
+    "each_document",
     "fitting",
     "head_width",
     "heads",
+    "pooled",
     "positions",
     "previous",
     "rotate",
     "unit",
+    "whole",
     "wide",
 ]

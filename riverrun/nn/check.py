@@ -41,6 +41,19 @@ def carried(mixer: nn.Module, x: Tensor, state: State, reset: Tensor | None, par
     return state
 
 
+def whole(mixer: nn.Module, x: Tensor, state: State, reset: Tensor | None) -> None:
+    """What `carried` checks, for a mixer that sees the whole of x at once and so keeps no state.
+
+    Raises ValueError for a state that is given.
+    """
+    carried(mixer, x, None, reset)
+    if state is not None:
+        raise ValueError(
+            f"{type(mixer).__name__}: a state was given, {describe(state)}; this mixer reads the whole of x, "
+            "before and after each token, and cannot continue: leave state=None"
+        )
+
+
 def fitting(mixer: nn.Module, part: State, *shape: int) -> State:
     """A part of the state that the mixer itself reads, None or of this shape. Raises ValueError otherwise."""
     if part is not None and (not isinstance(part, Tensor) or part.shape != shape):

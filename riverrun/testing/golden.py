@@ -39,16 +39,17 @@ class Golden:
     source: str  # package and version
 
     def check(self, mixer: nn.Module, parameters: Mapping[str, Tensor], state: State = None) -> None:
-        """Load `parameters`, all of them; compare y, from one call and from two, and the last state."""
+        """Load `parameters`, all; compare y in one call and, where a state is kept, in two; the state."""
         mixer = mixer.double()
         mixer.load_state_dict({name: p.double() for name, p in parameters.items()})
         x, half = self.x.double(), self.x.shape[1] // 2
         with torch.no_grad():
             y, end = mixer(x)
-            first, middle = mixer(x[:, :half])
-            second, _ = mixer(x[:, half:], middle)
-        close(y, self.y.double(), f"against {self.source}", BOUND)
-        close(torch.cat([first, second], 1), self.y.double(), f"in two calls, against {self.source}", BOUND)
+            close(y, self.y.double(), f"against {self.source}", BOUND)
+            if end is not None:
+                first, middle = mixer(x[:, :half])
+                again = torch.cat([first, mixer(x[:, half:], middle)[0]], 1)
+                close(again, self.y.double(), f"in two calls, against {self.source}", BOUND)
         if state is not None:
             close_states(end, state, f"against {self.source}", BOUND)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_both import BOTH
 from golden_outer import OUTER
 
 from riverrun.mixers import MIXERS, build

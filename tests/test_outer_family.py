@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from riverrun import ops
+from riverrun.inference.prompt import reread
 from riverrun.mixers import build
 from riverrun.nn.taylor import taylor
 from riverrun.testing.laws import inputs, instance
@@ -46,6 +47,72 @@ def test_a_window_as_long_as_the_text_is_attention():
         close(near(x)[0], attention(x)[0], f"window {window}")
     near.window = 20
     assert not torch.allclose(near(x)[0], attention(x)[0])
+
+
+# JRT-RNN
+
+PREFIX = 9
+
+
+def jrt():
+    return make("jrt", num_heads=2, feature_width=3, prefix=PREFIX)
+
+
+def test_jrt_leaks_nothing_from_beyond_the_prefix():
+    mixer, x = jrt(), inputs(30).requires_grad_()
+    for t in range(30):
+        (grad,) = torch.autograd.grad(mixer(x)[0][:, t].sum(), x)
+        seen = grad.abs().amax((0, 2)) > 0
+        assert seen.tolist() == [s <= t or s < PREFIX for s in range(30)], f"y[{t}]"
+
+
+def test_jrt_goes_on_recurrently_from_its_prefix():
+    """The prefix in one call, then one token at a time, is all of it at once."""
+    mixer, x = jrt(), inputs(30)
+    whole, last = mixer(x)
+    y, state = mixer(x[:, :PREFIX])
+    ys = [y]
+    for t in range(PREFIX, 30):
+        y, state = mixer(x[:, t : t + 1], state)
+        ys.append(y)
+    close(torch.cat(ys, 1), whole, "prefix, then token by token")
+    close(state[0], last[0], "state")
+
+
+def test_jrt_remembers_a_prefix_that_came_in_parts():
+    """What came late was not seen earlier, but everything after the prefix is as if it had been."""
+    mixer, x = jrt(), inputs(30)
+    whole, last = mixer(x)
+    first, state = mixer(x[:, :4])
+    second, end = mixer(x[:, 4:], state)
+    close(second[:, PREFIX - 4 :], whole[:, PREFIX:], "after the prefix")
+    close(end[0], last[0], "state")
+    assert not torch.allclose(first, whole[:, :4])
+
+
+def test_jrt_without_a_prefix_is_causal_linear_attention():
+    mixer, x = make("jrt", num_heads=2, feature_width=3, prefix=0), inputs(30)
+    based = make("based", num_heads=2, feature_width=3)
+    with torch.no_grad():
+        based.inp.weight.copy_(mixer.inp.weight[: sum(based.sizes)])
+        based.out.weight.copy_(mixer.out.weight)
+    close(mixer(x)[0], based(x)[0], "prefix = 0")
+
+
+def test_jrt_reads_a_short_document_whole_and_not_its_neighbour():
+    mixer, x = jrt(), inputs(12)
+    reset = torch.zeros(2, 12, dtype=torch.bool)
+    reset[:, 5] = True
+    packed, _ = mixer(x, None, reset)
+    close(packed, torch.cat([mixer(x[:, :5])[0], mixer(x[:, 5:])[0]], 1), "two short documents")
+
+
+def test_a_prompt_that_is_read_twice():
+    assert reread("A is 1. B is 2.", "A is") == "A is A is 1. B is 2.\nA is 1. B is 2. A is"
+    assert reread("A is 1.", "A is", times=3).count("A is 1.") == 3
+    assert reread("A is 1.", "A is", times=1) == "A is 1. A is"
+    with pytest.raises(ValueError, match="at least once"):
+        reread("A is 1.", "A is", times=0)
 
 
 # HGRN

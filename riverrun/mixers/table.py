@@ -133,6 +133,19 @@ MIXERS: dict[str, Row] = {
         good="reading whole texts both ways at the cost of two Mamba-2 scans",
         bad="anything that has to be continued",
     ),
+    "jrt": Row(
+        "JRT",
+        "2407.05483",
+        op="outer",
+        small=dict(num_heads=2, feature_width=3, prefix=6),
+        breaks=dict.fromkeys(
+            ("causality", "split", "decode"),
+            "inside the prefix a token sees those after it, if they come in the same call; beyond it the law holds",
+        ),
+        golden=BY_EQUATION + "the authors' package needs CUDA to install",
+        good="recall from a document read before the question: it chooses what to keep with the whole in view",
+        bad="text without a prompt, and training by the next token alone: the prefix needs another loss",
+    ),
     "lact": Row(
         "LaCT",
         "2505.23884",

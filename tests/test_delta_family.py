@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from riverrun import ops
 from riverrun.mixers import MIXERS, build
+from riverrun.nn import unit
+from riverrun.state import leaves
 from riverrun.testing.laws import LAWS, WIDTH, instance
-from riverrun.testing.tolerance import close, error
+from riverrun.testing.tolerance import close, close_all, error
 
 SIGNED = ["deltanet", "gated_deltanet", "mamba", "rwkv7"]
 OPEN, SHUT = 40.0, -40.0  # pre-activations at which float64's sigmoid and softplus have reached their ends
@@ -19,7 +22,7 @@ def bits(T=300):
 
 
 def blank(name, **args):
-    """A mixer of width 8 with negative eigenvalues and all parameters zero; its inputs are (bit, 1, 0, ...)."""
+    """A mixer of width 8 with negative eigenvalues and all parameters zero; inputs are (bit, 1, 0, ...)."""
     mixer = build(name, 8, negative_eigenvalues=True, **args).double().requires_grad_(False)
     for p in mixer.parameters():
         p.zero_()
@@ -151,3 +154,87 @@ def test_rwkv7_reaches_minus_one_and_no_further():
 
     assert abs(eigenvalues(c).min() + 1) < 1e-12 and eigenvalues(c).max() <= 1
     assert eigenvalues(2).min() < -1.4 and eigenvalues(1).min() > -0.5
+
+
+def product(layout, **args):
+    """A blank `deltaproduct`, its projection by names: (name, step, head, channel) -> {input: weight}."""
+    m = blank("deltaproduct", gated=False, **args)
+    H, n, K = m.num_heads, m.num_steps, m.key_width
+    V = m.inner[2] // (n * H)
+    start = {"q": 0, "k": H * K, "v": H * K * (n + 1), "b": m.sizes[0]}
+    size = {"q": K, "k": K, "v": V, "b": 1}
+    for (name, step, head, channel), weights in layout.items():
+        row = start[name] + (step * H + head) * size[name] + channel
+        for source, weight in weights.items():
+            m.inp.weight[row, source] = weight
+    m.norm.weight[:] = 1
+    return m
+
+
+def test_two_reflections_count_modulo_three():
+    """They turn by twice the angle between their keys: 60 degrees apart, one layer counts modulo three.
+
+    Inputs are one-hot: 0 begins by writing at 45 degrees, 1 adds one, 2 adds two, 3 adds none. The signs of
+    the two coordinates tell 45, 165 and 285 degrees apart.
+    """
+    a, b = (LONG, 0.0), (LONG / 2, LONG * 0.75**0.5)
+    layout = {("v", 0, h, 0): {0: LONG} for h in range(2)}
+    for h in range(2):
+        layout[("q", 0, h, h)] = {0: LONG, 1: LONG, 2: LONG, 3: LONG}
+        for c in range(2):
+            layout[("k", 0, h, c)] = {0: LONG, 1: a[c], 2: b[c]}
+            layout[("k", 1, h, c)] = {1: b[c], 2: a[c]}
+        layout[("b", 0, h, 0)] = {1: OPEN, 2: OPEN, 3: SHUT}  # σ(0) = 1/2 writes all of v at first
+        layout[("b", 1, h, 0)] = {0: SHUT, 1: OPEN, 2: OPEN, 3: SHUT}
+    m = product(layout, num_heads=2)
+    m.out.weight.zero_()
+    m.out.weight[0, 0] = m.out.weight[1, 4] = 1
+    digits = torch.randint(3, (1, 200), generator=torch.Generator().manual_seed(5))
+    x = torch.nn.functional.one_hot(torch.tensor([3, 1, 2])[digits], 8).double()
+    x[:, 0] = torch.eye(8, dtype=torch.float64)[0]
+    signs = m(x)[0][0, 1:, :2].sign()
+    expected = torch.tensor([[1, 1], [-1, 1], [1, -1]])[digits[0, 1:].cumsum(0) % 3]
+    assert torch.equal(signs, expected.double())
+
+
+def test_one_step_is_deltanet(float64):
+    args = dict(num_heads=2, negative_eigenvalues=True)
+    product, plain = (
+        instance(lambda: build("deltaproduct", WIDTH, num_steps=1, gated=False, **args)),
+        build("deltanet", WIDTH, **args),
+    )
+    plain.load_state_dict(product.state_dict())
+    x = torch.randn(2, 37, WIDTH, generator=torch.Generator().manual_seed(1))
+    reset = torch.rand(2, 37, generator=torch.Generator().manual_seed(2)) < 0.1
+    for mine, its in zip(product(x, None, reset), plain(x, None, reset), strict=True):
+        close_all(leaves(mine), leaves(its), "against deltanet")
+
+
+def test_one_step_is_gated_deltanet(float64):
+    args = dict(num_heads=2, key_width=5, value_width=7, negative_eigenvalues=True)
+    product = instance(lambda: build("deltaproduct", WIDTH, num_steps=1, **args))
+    gated = build("gated_deltanet", WIDTH, **args)
+    gated.load_state_dict(product.state_dict())
+    x = torch.randn(2, 37, WIDTH, generator=torch.Generator().manual_seed(1))
+    for mine, its in zip(product(x), gated(x), strict=True):
+        close_all(leaves(mine), leaves(its), "against gated_deltanet")
+
+
+@pytest.mark.parametrize("law", ["shape", "agreement", "split", "reset", "trained"])
+def test_laws_of_ungated_deltaproduct(law):
+    LAWS[law](
+        lambda: build("deltaproduct", WIDTH, num_heads=2, num_steps=3, gated=False), MIXERS["deltaproduct"]
+    )
+
+
+def test_comba_without_feedback_is_gated_linear_attention(float64):
+    """d → 0 removes nothing and corrects nothing."""
+    m = instance(lambda: build("comba", WIDTH, num_heads=2))
+    with torch.no_grad():
+        m.feedback.fill_(-1e4)
+        x = torch.randn(2, 30, WIDTH, generator=torch.Generator().manual_seed(1))
+        qkv, _, b, a = m.inp(x).split(m.sizes, -1)
+        q, k, v = (p.unflatten(-1, (2, -1)) for p in m.conv(qkv)[0].split(m.inner, -1))
+        g = -m.log_rate.exp() * torch.nn.functional.softplus(a + m.dt_bias)
+        _, S = ops.outer(unit(q), unit(k), b.sigmoid()[..., None] * v, g)
+        close(m(x)[1][0], S, "comba's state")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_both import BOTH
+from golden_delta import DELTA
 from golden_outer import OUTER
 
 from riverrun.mixers import MIXERS, build
@@ -131,6 +132,7 @@ MAPPINGS = {
     "mlstm": mlstm,
     "rwkv7": rwkv7,
 }
+MAPPINGS |= DELTA
 MAPPINGS |= OUTER | BOTH
 
 

@@ -47,6 +47,15 @@ MIXERS: dict[str, Row] = {
         good="recall from a large state, beside attention in a small window",
         bad="anything local without that window",
     ),
+    "comba": Row(
+        "Comba",
+        "2506.02475",
+        op="dplr",
+        small=dict(num_heads=2, value_width=6),
+        golden="comba.safetensors",
+        good="language: it overwrites by key and forgets by gate, each as strongly as it learns to",
+        bad="cost per step, against Gated DeltaNet",
+    ),
     "deltanet": Row(
         "DeltaNet",
         "2406.06484",
@@ -55,6 +64,15 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' code runs on GPUs only",
         good="overwriting what a key held, so recalling more pairs than sums do",
         bad="forgetting what no later key overwrites",
+    ),
+    "deltaproduct": Row(
+        "DeltaProduct",
+        "2502.10297",
+        op="delta",
+        small=dict(num_heads=2, key_width=6),
+        golden="deltaproduct.safetensors",
+        good="tracking states, permutations among them, by products of reflections",
+        bad="cost: as many steps of memory a token as it has reflections",
     ),
     "efficientvim": Row(
         "EfficientViM",
@@ -145,6 +163,15 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' package needs CUDA to install",
         good="recall from a document read before the question: it chooses what to keep with the whole in view",
         bad="text without a prompt, and training by the next token alone: the prefix needs another loss",
+    ),
+    "kda": Row(
+        "KDA",
+        "2510.26692",
+        op="delta",
+        small=dict(num_heads=2, rank=4),
+        golden="kda.safetensors",
+        good="language beside a few attention layers: it overwrites by key and forgets by channel",
+        bad="exact recall past what its state holds",
     ),
     "lact": Row(
         "LaCT",

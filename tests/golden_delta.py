@@ -1,0 +1,60 @@
+"""How weights of the delta family come over from other people's layouts; for `test_golden`."""
+
+import torch
+
+from riverrun.testing.golden import Golden
+
+
+def conv(g: Golden, names: str) -> torch.Tensor:
+    return torch.cat([g.weights[f"{i}_conv1d"] for i in names])[:, 0]
+
+
+def comba(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat([w[f"{i}_proj"] for i in "qkvgba"]),
+        "conv.weight": conv(g, "qkv"),
+        "log_rate": w["A_log"],
+        "dt_bias": w["dt_bias"],
+        "feedback": w["decay"],
+        "correction": w["D"],
+        "norm.weight": w["o_norm"],
+        "out.weight": w["o_proj"],
+    }
+    return parameters, (g.state["S"], g.state["conv"])
+
+
+def deltaproduct(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat([w[f"{i}_proj"] for i in "qkvgba"]),
+        "conv.weight": conv(g, "qkv"),
+        "log_rate": w["A_log"],
+        "dt_bias": w["dt_bias"],
+        "norm.weight": w["o_norm"],
+        "out.weight": w["o_proj"],
+    }
+    return parameters, (g.state["S"], g.state["conv"])
+
+
+def kda(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat(
+            [
+                w[f"{i}.weight"]
+                for i in ("q_proj", "k_proj", "v_proj", "forget_gate.f_a_proj", "g_a_proj", "b_proj")
+            ]
+        ),
+        "conv.weight": w["conv1d.weight"][:, 0],
+        "decay.weight": w["forget_gate.f_b_proj.weight"],
+        "log_rate": w["forget_gate.A_log"].flatten(),
+        "dt_bias": w["forget_gate.dt_bias"],
+        "gate.weight": w["g_b_proj.weight"],
+        "norm.weight": w["o_norm.weight"],
+        "out.weight": w["o_proj.weight"],
+    }
+    return parameters, (g.state["S"], g.state["conv"].mT[:, 1:])
+
+
+DELTA = {"comba": comba, "deltaproduct": deltaproduct, "kda": kda}

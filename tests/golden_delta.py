@@ -57,4 +57,18 @@ def kda(g: Golden):
     return parameters, (g.state["S"], g.state["conv"].mT[:, 1:])
 
 
-DELTA = {"comba": comba, "deltaproduct": deltaproduct, "kda": kda}
+def mesanet(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat([w[f"{i}_proj"] for i in "qkv"]),
+        "conv.weight": conv(g, "qk"),
+        "rate.weight": torch.cat([w["a_proj"], w["b_proj"]]),
+        "rate.bias": torch.cat([w["a_bias"], w["b_bias"]]),
+        "ridge": w["lambda_params"].view(g.args["num_heads"], -1),
+        "norm.weight": w["o_norm"],
+        "out.weight": w["o_proj"],
+    }
+    return parameters, (g.state["kk"], g.state["kv"], g.state["conv"])
+
+
+DELTA = {"comba": comba, "deltaproduct": deltaproduct, "kda": kda, "mesanet": mesanet}

@@ -8,6 +8,7 @@ import torch
 from riverrun import ops
 from riverrun.mixers import MIXERS, build
 from riverrun.nn import unit
+from riverrun.nn.solve import solve
 from riverrun.state import leaves
 from riverrun.testing.laws import LAWS, WIDTH, instance
 from riverrun.testing.tolerance import close, close_all, error
@@ -238,3 +239,42 @@ def test_comba_without_feedback_is_gated_linear_attention(float64):
         g = -m.log_rate.exp() * torch.nn.functional.softplus(a + m.dt_bias)
         _, S = ops.outer(unit(q), unit(k), b.sigmoid()[..., None] * v, g)
         close(m(x)[1][0], S, "comba's state")
+
+
+def test_solve_is_the_solution_and_its_gradient(float64):
+    """Against the systems written out and solved one by one, with a state and a reset."""
+    g = torch.Generator().manual_seed(0)
+    B, T, H, K = 2, 21, 2, 5
+    q, k = (torch.randn(B, T, H, K, generator=g) for _ in range(2))
+    beta, log_decay = torch.rand(B, T, H, generator=g), -torch.rand(B, T, H, generator=g)
+    ridge, start = 0.3 + torch.rand(H, K, generator=g), torch.randn(B, H, K, K, generator=g)
+    given = [x.requires_grad_() for x in (q, k, beta, log_decay, ridge, start)]
+    reset = torch.rand(B, T, generator=g) < 0.1
+    seen = torch.randn(B, T, H, K, generator=g)
+
+    def one_by_one(q, k, beta, log_decay, ridge, S):
+        S, xs = S @ S.mT, []
+        for t in range(T):
+            S = torch.where(reset[:, t, None, None, None], 0, S)
+            S = log_decay[:, t].exp()[..., None, None] * S
+            S = S + beta[:, t, :, None, None] * k[:, t, :, :, None] * k[:, t, :, None]
+            xs.append(torch.linalg.solve(S + torch.diag_embed(ridge), q[:, t]))
+        return torch.stack(xs, 1), S
+
+    def at_once(q, k, beta, log_decay, ridge, S):
+        return solve(q, k, beta, log_decay, ridge, 2 * K, S @ S.mT, reset)
+
+    outcomes = []
+    for run in (one_by_one, at_once):
+        x, last = run(*given)
+        slopes = torch.autograd.grad((x * seen).sum() + last.square().sum(), given)
+        outcomes.append((x, last, *slopes))
+    close_all(outcomes[1], outcomes[0], "solution, state and gradients", bound=1e-7)
+
+
+def test_second_derivatives_of_solve_raise():
+    q, k = torch.randn(1, 3, 1, 4, requires_grad=True), torch.randn(1, 3, 1, 4)
+    x, _ = solve(q, k, torch.rand(1, 3, 1), -torch.rand(1, 3, 1), torch.ones(1, 4), 4)
+    (slope,) = torch.autograd.grad(x.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

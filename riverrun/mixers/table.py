@@ -221,6 +221,16 @@ MIXERS: dict[str, Row] = {
         good="a larger state than Mamba's at the speed of matrix products",
         bad="recall once the context outgrows the state",
     ),
+    "mesanet": Row(
+        "MesaNet",
+        "2506.05233",
+        op="outer",
+        small=dict(num_heads=2, iterations=8),
+        golden="mesanet.safetensors",
+        good="in-context regression and recall: it reads the best fit to all that it keeps",
+        bad="cost: a linear system a token",
+        slow="it solves a system for every token, by 30 reads of its memory, and as many for the gradient",
+    ),
     "mingru": Row(
         "MinGRU",
         "2410.01201",

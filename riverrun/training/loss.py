@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 1 << 22  # logits held at a time: 16 MiB in float32
+BLOCK, GPU_BLOCK = 1 << 22, 1 << 27  # logits held at a time: 16 and 512 MiB in float32
 
 
 def cross_entropy(x: Tensor, E: Tensor, targets: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def _cast(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, targets: Tensor, vocabulary: int):
-    size = max(1, BLOCK // vocabulary)
+    size = max(1, (GPU_BLOCK if x.is_cuda else BLOCK) // vocabulary)
     return zip(x.split(size), targets.split(size), strict=True)
 
 

@@ -1,0 +1,134 @@
+"""The language models of gpu_lm.py: ours, and those they are compared with.
+
+`made(stack, side, depth)` gives a model in bfloat16 on the GPU and `loss(tokens)`, the mean over its next
+tokens. Peers have the sizes of ours: width, depth, vocabulary, tied embeddings, and feed-forward layers of as
+many weights.
+
+    gla, gated_deltanet, rwkv7    fla's own models, with its fused norms, convolutions and cross entropy
+    mamba2                        fla's layer needs mamba-ssm, so ours around fla's simple_gla
+    attention                     transformers' Llama with PyTorch's attention, and our cross entropy
+
+fla refuses its gated backward on Hopper with Triton 3.4 to 3.7.0, where some of its gradients are wrong; the
+guard is lifted for timing, as in gpu_peers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gpu_peers
+import torch
+from torch import Tensor, nn
+
+from riverrun import ops
+from riverrun.models.language import LanguageConfig, LanguageModel
+from riverrun.training.loss import cross_entropy
+
+WIDTH, INNER, VOCABULARY, DEPTH, LONGEST = 768, 2048, 32_768, 12, 32_768
+MIXERS = {
+    "mamba2": dict(num_heads=24, num_states=128),
+    "gla": dict(num_heads=6),
+    "gated_deltanet": dict(num_heads=6),
+    "rwkv7": dict(num_heads=12),
+    "attention": dict(num_heads=12),
+}
+STACKS = {name: name for name in MIXERS} | {"hybrid": "3 gated_deltanet + 1 attention"}
+
+Loss = Callable[[Tensor], Tensor]
+Make = Callable[[int], tuple[nn.Module, Loss]]
+
+
+def config(stack: str, depth: int = DEPTH, vocabulary: int = VOCABULARY) -> LanguageConfig:
+    used = {name: args for name, args in MIXERS.items() if name in STACKS[stack]}
+    return LanguageConfig(vocabulary, WIDTH, depth, STACKS[stack], used, INNER)
+
+
+def ours(stack: str, depth: int = DEPTH, vocabulary: int = VOCABULARY) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(config(stack, depth, vocabulary)).to("cuda", torch.bfloat16)
+
+
+def made(stack: str, side: str, depth: int) -> tuple[nn.Module, Loss]:
+    """A model and its loss; `side` is "ours" or "peer"."""
+    if side == "peer":
+        return PEERS[stack][1](depth)
+    model = ours(stack, depth)
+    return model, lambda tokens: loss_of(model, tokens)
+
+
+def loss_of(model: LanguageModel, tokens: Tensor) -> Tensor:
+    x, _ = model.hidden(tokens[:, :-1])
+    return cross_entropy(x, model.output, tokens[:, 1:])
+
+
+def of_fla(config: str, model: str, **settings: Any) -> Make:
+    def make(depth: int) -> tuple[nn.Module, Loss]:
+        gpu_peers.unguarded()
+        import fla.models
+
+        common = dict(
+            hidden_size=WIDTH, num_hidden_layers=depth, vocab_size=VOCABULARY, intermediate_size=INNER,
+            tie_word_embeddings=True, max_position_embeddings=LONGEST, use_cache=False,
+        )  # fmt: skip
+        chosen = getattr(fla.models, config)(**{**common, **settings})
+        made = getattr(fla.models, model)(chosen).to("cuda", torch.bfloat16)
+        criterion = fla.modules.FusedLinearCrossEntropyLoss()
+
+        def loss(tokens: Tensor) -> Tensor:
+            x = made.model(tokens[:, :-1]).last_hidden_state
+            return criterion(x, tokens[:, 1:].contiguous(), made.lm_head.weight)
+
+        return made, loss
+
+    return make
+
+
+def llama(depth: int) -> tuple[nn.Module, Loss]:
+    import transformers
+
+    chosen = transformers.LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=depth, num_attention_heads=12,
+        vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=LONGEST, use_cache=False,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    made = transformers.LlamaForCausalLM(chosen).to("cuda", torch.bfloat16)
+
+    def loss(tokens: Tensor) -> Tensor:
+        x = made.model(tokens[:, :-1]).last_hidden_state
+        return cross_entropy(x, made.lm_head.weight, tokens[:, 1:])
+
+    return made, loss
+
+
+def around_simple_gla(depth: int) -> tuple[nn.Module, Loss]:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def run(q, k, v, g, u, state=None, reset=None):
+        q, k = (x.expand(*v.shape[:3], -1) for x in (q, k))  # it knows no groups
+        return chunk_simple_gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
+
+    model = ours("mamba2", depth)
+
+    def loss(tokens: Tensor) -> Tensor:
+        mine = ops.outer.kernels["gpu"]
+        ops.outer.kernels["gpu"] = ops.Kernel(run, "cuda", lambda name, args: None, half=True)
+        try:
+            with ops.forced(outer="gpu"):
+                return loss_of(model, tokens)
+        finally:
+            ops.outer.kernels["gpu"] = mine
+
+    return model, loss
+
+
+PEERS: dict[str, tuple[str, Make]] = {
+    "mamba2": ("ours around fla's simple_gla", around_simple_gla),
+    "gla": ("fla", of_fla("GLAConfig", "GLAForCausalLM", num_heads=6)),
+    "gated_deltanet": (
+        "fla",
+        of_fla("GatedDeltaNetConfig", "GatedDeltaNetForCausalLM", num_heads=6, head_dim=128, expand_v=1.0),
+    ),
+    "rwkv7": ("fla", of_fla("RWKV7Config", "RWKV7ForCausalLM", head_dim=64, intermediate_size=3072)),
+    "attention": ("transformers, SDPA", llama),
+}

@@ -1,5 +1,4 @@
-"""Mixture-of-Memories: a router sends each token to a few of many memories, so that tokens that would disturb
-each other are kept apart.
+"""Mixture-of-Memories: a router sends each token to few of many memories, to keep apart what would disturb.
 
     p = softmax(W_r x)    the k largest: weights w_m = p_m / Σ p over the chosen, 0 for the rest
     [k, v, gates]_m = W_m x    S_m ← rule(S_m; k_m, v_m, gates_m) for the chosen m, else S_m stays as it is
@@ -11,8 +10,8 @@ each other are kept apart.
             gated_delta: S' = e^g S, S' + k β (v - S'ᵀ k)ᵀ; g = -A softplus(a + c), β = σ(b), |k| = 1;
             q, k, v after a short convolution over the tokens of the memory
 
-Source: Du et al. 2025 (arXiv:2502.13685) sec. 3; where the convolution runs, and that all memories share its
-weights and the rates, is from the authors' code. `riverrun.nn.route.balances` keeps the load even.
+Source: Du et al. 2025 (arXiv:2502.13685) sec. 3; where the convolution runs, and that memories share it and
+the rates, is from the authors' code. `riverrun.nn.route.balances` keeps the load even.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ RULES = ("linear", "gla", "gated_delta")
 class MoM(nn.Module):
     """arXiv:2502.13685. State: S (B, M, H, K, V), for gated_delta also conv (B, M, window - 1, 2·H·K + H·V);
     then the same for a shared memory, with M = 1. K = V = width / H; for gla half of it, for linear V + 1.
-
     `masked` runs every memory over every step, for torch.compile(fullgraph=True).
     """
 
@@ -67,7 +65,8 @@ class MoM(nn.Module):
         self.shared = nn.Linear(width, sum(self.sizes), bias=False) if shared else None
         self.decay = nn.Linear(rank, H * K) if rule == "gla" else None
         self.conv = ShortConv(2 * H * K + width, window) if delta else None
-        self.log_rate, self.dt_bias = (log_rate(H), step_size_bias(H)) if delta else (None, None)
+        if delta:
+            self.log_rate, self.dt_bias = log_rate(H), step_size_bias(H)
         self.norm = None if rule == "linear" else GatedRMSNorm(width, V, eps, shared=True)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -79,8 +78,8 @@ class MoM(nn.Module):
         p, index = self.router(x)
         weight = F.normalize(p.gather(-1, index), 1, -1).to(x.dtype)[..., None]
         routes = (masked if self.masked else packed)(index, self.num_memories, reset)
-        p = self.write(routes.spread(x), routes.used)
-        y, ends = self.remember(routes.spread(q), p, parts[:n], routes)
+        told = self.write(routes.spread(x), routes.used)
+        y, ends = self.remember(routes.spread(q), told, parts[:n], routes)
         y = (weight * routes.collect(y)).sum(2)
         if self.shared is not None:
             always = masked(torch.zeros_like(index[..., :1]), 1, reset)
@@ -100,21 +99,22 @@ class MoM(nn.Module):
         k, v, *gates = p.split(self.sizes, -1)
         ends: tuple = ()
         if self.conv is not None:
-            channels, window = self.conv.weight.shape
-            past = fitting(self, state[1], B, M, window - 1, channels)
+            past = fitting(self, state[1], B, M, self.conv.weight.shape[1] - 1, 2 * H * K + self.width)
             qkv, before = torch.cat([q, k, v], -1), routes.take(past)
             u, end = self.conv(qkv, before, routes.reset)
-            end = end if routes.count is None else routes.tail(qkv, before, window - 1)
+            end = end if routes.count is None else routes.tail(qkv, before, end.shape[1])
             (q, k, v), ends = u.split([H * K, H * K, self.width], -1), (routes.put(past, end),)
         q, k, v, real = heads(q, H), heads(k, H), heads(v, H), routes.real(q)[..., None]
-        at = dict(state=routes.take(S), reset=routes.reset)
+        before, reset = routes.take(S), routes.reset
         if self.conv is not None:
             b, a = gates
             g = -wide(self.log_rate).exp() * F.softplus(wide(a) + wide(self.dt_bias)) * real[..., 0]
-            y, end = ops.delta(unit(q) * K**-0.5, unit(k) * real, v, b.sigmoid(), g, **at)
+            q, k = unit(q) * K**-0.5, unit(k) * real
+            y, end = ops.delta(q, k, v, b.sigmoid(), g, state=before, reset=reset)
         elif self.decay is not None:
             g = heads(F.logsigmoid(wide(self.decay(*gates))), H) / 16 * real
-            y, end = ops.outer(q * K**-0.5, k * real, v, g, **at)
+            y, end = ops.outer(q * K**-0.5, k * real, v, g, state=before, reset=reset)
         else:
-            y, end = ops.outer(positive(q), positive(k) * real, F.pad(wide(v), (0, 1), value=1.0), **at)
+            v = F.pad(wide(v), (0, 1), value=1.0)
+            y, end = ops.outer(positive(q), positive(k) * real, v, state=before, reset=reset)
         return y.flatten(2), (routes.put(S, end), *ends)

@@ -57,8 +57,8 @@ class PerMemory(nn.Module):
 
     def forward(self, rows: Tensor, used: Tensor) -> Tensor:
         """(U·B, L, width) -> (U·B, L, out), by the matrices of the U memories `used`."""
-        U, W = len(used), self.weight
-        W = W if len(W) == U else W.index_select(0, used)
+        U = len(used)
+        W = self.weight if len(self.weight) == U else self.weight.index_select(0, used)
         return (rows.view(U, -1, rows.shape[-1]) @ W).view(*rows.shape[:2], -1)
 
 
@@ -142,12 +142,12 @@ class Routes:
 
 def masked(index: Tensor, num_memories: int, reset: Tensor | None) -> Routes:
     """Routes for choices (B, T, k) in which every memory sees every step."""
-    B, T, _ = index.shape
+    B, T, k = index.shape
     time = torch.arange(B * T, device=index.device).view(B, T, 1)
     reset = None if reset is None else reset.repeat(num_memories, 1)
     slot = (index * B * T + time).flatten()
     used = torch.arange(num_memories, device=index.device)
-    return Routes(slot, (num_memories, B, T), tuple(index.shape), num_memories, reset, used)
+    return Routes(slot, (num_memories, B, T), (B, T, k), num_memories, reset, used)
 
 
 def packed(index: Tensor, num_memories: int, reset: Tensor | None) -> Routes:

@@ -278,3 +278,28 @@ def test_second_derivatives_of_solve_raise():
     (slope,) = torch.autograd.grad(x.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+def test_liger_has_the_parameters_of_attention():
+    """Name for name and shape for shape, so that trained weights load."""
+    args = dict(num_heads=4, num_key_heads=2)
+    liger, attention = build("liger", WIDTH, **args), build("attention", WIDTH, **args)
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (liger, attention)]
+    assert shapes[0] == shapes[1] and not list(liger.buffers())
+    liger.load_state_dict(attention.state_dict())
+
+
+def test_liger_with_all_weight_on_the_window_is_the_window():
+    """w_1 = 1, w_2 = 0: bit for bit, resets included."""
+    args = dict(num_heads=4, num_key_heads=2, window=8)
+    window = build("sliding_window", WIDTH, **args)
+    liger = build("liger", WIDTH, blend=(1.0, 0.0), **args)
+    liger.load_state_dict(window.state_dict())
+    x = torch.randn(2, 40, WIDTH, generator=torch.Generator().manual_seed(1))
+    reset = torch.rand(2, 40, generator=torch.Generator().manual_seed(2)) < 0.1
+    assert torch.equal(liger(x, None, reset)[0], window(x, None, reset)[0])
+
+
+def test_liger_pools_gates_only():
+    with pytest.raises(ValueError, match="pool = 3 does not divide the width 4"):
+        build("liger", WIDTH, num_heads=4, pool=3)

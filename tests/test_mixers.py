@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from equations_delta import DELTA
 from equations_fastweight import lact, miras, titans, ttt
 from equations_outer import OUTER
 from equations_routed import mom, sse
@@ -176,6 +177,7 @@ def sliding_window(m, x):
 
 EQUATIONS = [linear_attention, retnet, gla, hgrn2, deltanet, s5, slstm, attention, sliding_window]
 EQUATIONS += [lact, miras, titans, ttt]
+EQUATIONS += DELTA
 EQUATIONS += OUTER
 EQUATIONS += [mom, sse]
 

@@ -24,7 +24,7 @@ LEAST = 0.25  # of Λ
 
 
 class MesaNet(nn.Module):
-    """arXiv:2506.05233. State: (H, S, both (B, H, K, K), conv (B, window - 1, 2·width)) with K = width / H."""
+    """arXiv:2506.05233. State: (H and S (B, H, K, K), conv (B, window - 1, 2·width)) with K = width / H."""
 
     def __init__(
         self, width: int, num_heads: int = 4, iterations: int = 30, window: int = 4, eps: float = 1e-5

@@ -73,6 +73,7 @@ MIXERS: dict[str, Row] = {
         golden="deltaproduct.safetensors",
         good="tracking states, permutations among them, by products of reflections",
         bad="cost: as many steps of memory a token as it has reflections",
+        slow="its op runs on num_steps times as many steps, and reads at each, though the last would do",
     ),
     "efficientvim": Row(
         "EfficientViM",
@@ -183,6 +184,16 @@ MIXERS: dict[str, Row] = {
         compiles=False,  # with resets: how many chunks there are is data,
         good="a large nonlinear memory in few large matrix products",
         bad="what lies inside a chunk: its window must cover that",
+    ),
+    "liger": Row(
+        "Liger",
+        "2503.01496",
+        op="outer",
+        state="window",
+        small=dict(num_heads=4, num_key_heads=2, window=8, pool=2),
+        golden=BY_EQUATION + "the authors' layer needs FlashAttention and a GPU",
+        good="turning a trained attention layer into a recurrence without a new parameter",
+        bad="exact recall of what has left its window",
     ),
     "linear_attention": Row(
         "LinearAttention",

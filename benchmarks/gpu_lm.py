@@ -236,7 +236,7 @@ def decode_rows(stacks: list[str], quick: bool, seconds: float) -> Iterator[str]
                     yield f"{head} {speed:,.0f} | {ms:.2f} | {n:,} | {size} | {reading:,.0f} |"
 
 
-def report(stacks: list[str], peers: bool, quick: bool, seconds: float, waiting: float) -> Iterator[str]:
+def report(stacks: list[str], peers: bool, quick: bool, seconds: float) -> Iterator[str]:
     import triton
 
     weights = {s: sum(p.numel() for p in ours(s).parameters()) / 1e6 for s in stacks}
@@ -246,8 +246,7 @@ def report(stacks: list[str], peers: bool, quick: bool, seconds: float, waiting:
     yield f"    python {' '.join(sys.argv)}\n"
     yield f"Weights, millions: {', '.join(f'{s} {n:.0f}' for s, n in weights.items())}."
     x = torch.zeros(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
-    yield f"\n    {ops.explain('outer', x, x, x)}\n\nCompiling and tuning, all at once:\n"
-    yield from prepare(stacks, peers, waiting)
+    yield f"\n    {ops.explain('outer', x, x, x)}"
     yield f"\n## A training step of {TOKENS:,} tokens\n"
     yield from train_rows(stacks, peers, seconds)
     yield "\n## Decoding\n"
@@ -265,7 +264,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(STACKS))
     parser.add_argument("--quick", action="store_true", help="a second a row, and no 128 prompts of 65,536")
     parser.add_argument("--seconds", type=float, help="for one row; 4, quick 1")
-    parser.add_argument("--waiting", type=float, default=400, help="seconds for compiling and tuning")
+    parser.add_argument("--waiting", type=float, default=400, help="seconds for compiling; 0: it was done")
+    parser.add_argument("--compile", action="store_true", help="nothing else")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -273,8 +273,10 @@ def main() -> None:
     if given.one:
         return one(*given.one)
     seconds = given.seconds or (1.0 if given.quick else 4.0)
-    lines = []
-    for line in report(given.only.split(","), not given.no_peers, given.quick, seconds, given.waiting):
+    lines, stacks, peers = [], given.only.split(","), not given.no_peers
+    for line in prepare(stacks, peers, given.waiting) if given.waiting else ():
+        print(line, flush=True)
+    for line in report(stacks, peers, given.quick, seconds) if not given.compile else ():
         print(line, flush=True)
         lines.append(line)
         if given.out:

@@ -5,7 +5,8 @@
 Times are medians of replays of a CUDA graph, so the time of the GPU alone, forward, and forward with
 backward, on random inputs. The floor is the bytes an op must move, every input read and every output
 written once, over the bandwidth of a large copy measured in the same run. "first call": the first forward and
-backward of these dtypes and shapes, no kernel cached. Peers not installed are left out and named.
+backward of these dtypes and shapes, no kernel cached unless TRITON_CACHE_DIR is set. Peers not installed are
+left out and named.
 """
 
 from __future__ import annotations

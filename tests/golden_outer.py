@@ -55,4 +55,16 @@ def gsa(g: Golden):
     return parameters, (g.state["K"].mT, g.state["V"])
 
 
-OUTER = {f.__name__: f for f in (rwkv6, based, hgrn, gsa)}
+def lightnet(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": torch.cat([w[f"{i}_proj.weight"] for i in "qkv"]),
+        "gate.inp.weight": w["g_proj.0.weight"],
+        "gate.out.weight": w["g_proj.1.weight"],
+        "norm.weight": w["g_norm.weight"],
+        "out.weight": w["o_proj.weight"],
+    }
+    return parameters, (g.state["S"], g.state["z"], g.state["position"])
+
+
+OUTER = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet)}

@@ -6,6 +6,7 @@ import torch
 from riverrun import ops
 from riverrun.inference.prompt import reread
 from riverrun.mixers import build
+from riverrun.nn.axes import lrpe, places
 from riverrun.nn.taylor import taylor
 from riverrun.testing.laws import inputs, instance
 from riverrun.testing.tolerance import close
@@ -113,6 +114,64 @@ def test_a_prompt_that_is_read_twice():
     assert reread("A is 1.", "A is", times=1) == "A is 1. A is"
     with pytest.raises(ValueError, match="at least once"):
         reread("A is 1.", "A is", times=0)
+
+
+# LightNet
+
+
+def test_lightnet_is_a_running_softmax():
+    """Σ_s softmax_s(k_s) v_s over s ≤ t, all pairs, by the recurrence's ratio of running sums."""
+    mixer, x = make("lightnet", num_heads=2, rank=4, base=None), inputs(67)
+    q, k, v = (p.unflatten(-1, (2, -1)) for p in mixer.inp(x).split(mixer.sizes, -1))
+    weight = (k.exp()[:, None] / k.exp().cumsum(1)[:, :, None]) * torch.ones(67, 67).tril()[..., None, None]
+    y = torch.einsum("bthk,btshk,bshv->bthv", torch.nn.functional.silu(q), weight, v) / 8**0.5
+    y = mixer.out(mixer.norm(y.flatten(2), mixer.gate(x)))
+    for impl in ("sequential", "chunk", "cpu"):
+        with ops.forced(outer=impl):
+            close(mixer(x)[0], y, impl)
+
+
+def test_lightnet_positions_are_distances():
+    """Two codes of one pair, moved together, have one product; moved apart they have another."""
+    q, k = (x[:, :1].unflatten(-1, (2, 8)) for x in (inputs(1), inputs(2)))
+    place = torch.tensor([[[3, 5]]] * 2)
+    products = [
+        (lrpe(q, place + move) * lrpe(k, place + move + apart)).sum(-1)
+        for move, apart in ((0, 0), (7, 0), (0, 2), (7, 2))
+    ]
+    close(products[0], (q * k).sum(-1), "no distance")
+    close(products[1], products[0], "moved together")
+    close(products[3], products[2], "at a distance, moved together")
+    assert not torch.allclose(products[2], products[0])
+
+
+@pytest.mark.parametrize("sizes", [(), (5,), (3, 2)], ids=["sequence", "picture", "video"])
+def test_lightnet_reads_all_of_a_grid_in_one_scan(sizes):
+    mixer, x = make("lightnet_grid", num_heads=2, rank=4, sizes=sizes), inputs(30)
+    place = places(torch.arange(30).expand(2, -1), sizes)
+    y, _ = mixer(x)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    close(mixer(x[:, order], place=place[:, order])[0], y[:, order], "tokens permuted with their places")
+    assert not torch.allclose(mixer(x[:, order])[0], y[:, order])
+    probe = x.clone().requires_grad_()
+    for t in (0, 13, 29):
+        (grad,) = torch.autograd.grad(mixer(probe)[0][:, t].sum(), probe)
+        assert (grad.abs().amax(-1) > 0).all(), f"y[{t}] does not see everything"
+
+
+def test_places_on_a_grid():
+    assert places(torch.arange(8)[None], (3,))[0].tolist() == [[i // 3, i % 3] for i in range(8)]
+    assert places(torch.tensor([[17]]), (2, 3))[0].tolist() == [[2, 1, 2]]
+
+
+def test_lightnet_grid_of_another_size():
+    mixer, x = make("lightnet_grid", num_heads=2, rank=4, sizes=(5,), tpe=True), inputs(12)
+    other = make("lightnet_grid", num_heads=2, rank=4, sizes=(4,), tpe=True)
+    close(mixer(x, sizes=(4,))[0], other(x)[0], "four columns")
+    with pytest.raises(ValueError, match="made for 1 beside the first axis"):
+        mixer(x, sizes=(4, 2))
+    with pytest.raises(ValueError, match="tpe=True"):
+        mixer(x, place=torch.zeros(2, 12, 2))
 
 
 # HGRN

@@ -195,6 +195,27 @@ MIXERS: dict[str, Row] = {
         good="turning a trained attention layer into a recurrence without a new parameter",
         bad="exact recall of what has left its window",
     ),
+    "lightnet": Row(
+        "LightNet",
+        "2405.21022",
+        op="outer",
+        small=dict(num_heads=2, rank=4, tpe=True),
+        golden="lightnet.safetensors",
+        good="weighing all of the past by content alone, and pictures in one scan (lightnet_grid)",
+        bad="long streams: each new token counts for less and less",
+    ),
+    "lightnet_grid": Row(
+        "LightNetGrid",
+        "2405.21022",
+        op="",
+        causal=False,
+        state="none",
+        small=dict(num_heads=2, rank=4, tpe=True, sizes=(5,)),
+        compiles=False,  # with resets and tpe: how many grids are packed is data
+        golden=BY_EQUATION + "the authors' repository is not to be had, and other code has the causal form only",
+        good="grids of any number of axes in one scan: each token reads all others",
+        bad="anything that has to be continued, and fine local detail",
+    ),
     "linear_attention": Row(
         "LinearAttention",
         "2006.16236",

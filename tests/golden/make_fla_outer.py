@@ -1,4 +1,4 @@
-"""Golden numbers of rwkv6, based, hgrn and gsa from the plain PyTorch functions of flash-linear-attention.
+"""Golden numbers of outer-product mixers from the plain PyTorch functions of flash-linear-attention.
 
 Those functions begin behind the projections, whose layers need a GPU; they are written out here as the papers
 and fla/layers have them. float32 on the CPU.
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fla.ops.based.naive import naive_parallel_based
+from fla.ops.gla.naive import naive_recurrent_gla
 from fla.ops.gsa.naive import naive_recurrent_gsa
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
 from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
@@ -100,7 +101,26 @@ def gsa(x):
     return y, w, {"K": K, "V": V}, dict(num_heads=HEADS, num_slots=slots, temperature=temperature)
 
 
-LAYERS = {f.__name__: f for f in (rwkv6, based, hgrn, gsa)}
+def lightnet(x):
+    """Without position codes; the names are those of fla/layers/lightnet.py, whose keys are summed here."""
+    w = {f"{i}_proj.weight": 2 * matrix(WIDTH) for i in "qkvo"}
+    w |= {"g_proj.0.weight": matrix(3), "g_proj.1.weight": torch.randn(WIDTH, 3)}
+    w["g_norm.weight"] = 1 + 0.3 * torch.randn(WIDTH)
+    q, k, v = ((x @ w[f"{i}_proj.weight"].T).unflatten(-1, (HEADS, -1)) for i in "qkv")
+    z = k.logcumsumexp(1)
+    g = torch.cat([z[:, :1], z[:, :-1]], 1) - z
+    y, S = naive_recurrent_gla(F.silu(q), (k - z).exp(), v, g, output_final_state=True)
+    gate = F.silu(x @ w["g_proj.0.weight"].T @ w["g_proj.1.weight"].T)
+    y = (rms(y.flatten(2), w["g_norm.weight"]) * gate) @ w["o_proj.weight"].T
+    return (
+        y,
+        w,
+        {"S": S, "z": z[:, -1], "position": torch.full((len(x),), STEPS)},
+        dict(num_heads=HEADS, rank=3, base=None),
+    )
+
+
+LAYERS = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet)}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What tests/test_cuda.py finds on this GPU, as a table: one row a mixer.
 
-    python benchmarks/cuda_laws.py [--workers 15] [--out benchmarks/results/cuda_laws.md]
+    python benchmarks/cuda_laws.py [--workers 15] [--seconds 600] [--out benchmarks/results/cuda_laws.md]
 
 Needs pytest and pytest-xdist. The columns count what passed; what failed stands below the table with its
 first line, and a law that its row says does not hold is counted as expected.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,23 +30,18 @@ COLUMNS = {
 }
 
 
-def run(workers: int, path: str) -> float:
-    """Run the tests, write what they found as JUnit XML to `path`; seconds."""
+def run(workers: int, seconds: float, path: str) -> float:
+    """Run the tests, write what they found as JUnit XML to `path`; seconds. Late tests are left out."""
     tests = Path(__file__).parents[1] / "tests" / "test_cuda.py"
+    command = [sys.executable, "-m", "pytest", str(tests), "-q", "-p", "no:cacheprovider"]
+    command += ["-n", str(workers), "--dist", "worksteal", f"--junitxml={path}", "-o", "junit_family=xunit1"]
     start = time.perf_counter()
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(tests),
-        "-q",
-        "-n",
-        str(workers),
-        f"--junitxml={path}",
-        "-o",
-        "junit_family=xunit1",
-    ]
-    subprocess.run([*command, "-p", "no:cacheprovider"], stdout=sys.stderr)
+    tests_run = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        tests_run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        tests_run.send_signal(signal.SIGINT)  # it writes what it has
+        tests_run.wait(30)
     return time.perf_counter() - start
 
 
@@ -97,13 +93,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=600, help="after which the rest is left out")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "found.xml")
-        seconds = run(given.workers, path)
+        seconds = run(given.workers, given.seconds, path)
         lines = table(path)
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
     head = [

@@ -151,7 +151,7 @@ def written(stack: str, graph: bool) -> float:
     model = ours(stack, vocabulary=ByteTokenizer().size)
     speeds = []
     for _ in range(2):
-        run = Generation(model, ByteTokenizer(), ["It is"], Limits(200, graph=graph), Sampling(top_p=0.95))
+        run = Generation(model, ByteTokenizer(), ["It is"], Limits(100, graph=graph), Sampling(top_p=0.95))
         start = time.perf_counter()
         for _ in run:
             pass

@@ -71,4 +71,20 @@ def mesanet(g: Golden):
     return parameters, (g.state["kk"], g.state["kv"], g.state["conv"])
 
 
-DELTA = {"comba": comba, "deltaproduct": deltaproduct, "kda": kda, "mesanet": mesanet}
+def mamba3(g: Golden):
+    w, s = g.weights, g.state
+    parameters = {
+        "inp.weight": w["in_proj"],
+        "dt_bias": w["dt_bias"],
+        "norms.0.weight": w["B_norm"],
+        "norms.1.weight": w["C_norm"],
+        "biases": torch.stack([w["B_bias"], w["C_bias"]]).transpose(1, 2),
+        "skip": w["D"],
+        "out.weight": w["out_proj"],
+    }
+    if g.args["rank"] > 1:
+        parameters["ranks"] = torch.stack([w[f"mimo_{i}"] for i in "xzo"]).transpose(1, 2)
+    return parameters, (s["S"].mT, s["angle"], s["k"].transpose(1, 2), s["v"].transpose(1, 2))
+
+
+DELTA = {f.__name__: f for f in (comba, deltaproduct, kda, mamba3, mesanet)}

@@ -1,15 +1,18 @@
 """What the papers of the delta family state as equalities: negative eigenvalues, products of reflections."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from golden_delta import DELTA
 
 from riverrun import ops
 from riverrun.mixers import MIXERS, build
 from riverrun.nn import unit
 from riverrun.nn.solve import solve
 from riverrun.state import leaves
+from riverrun.testing import golden
 from riverrun.testing.laws import LAWS, WIDTH, instance
 from riverrun.testing.tolerance import close, close_all, error
 
@@ -303,3 +306,55 @@ def test_liger_with_all_weight_on_the_window_is_the_window():
 def test_liger_pools_gates_only():
     with pytest.raises(ValueError, match="pool = 3 does not divide the width 4"):
         build("liger", WIDTH, num_heads=4, pool=3)
+
+
+def test_mamba3_of_several_ranks_against_its_authors():
+    g = golden.load(Path(__file__).parent / "golden" / "variants" / "mamba3_mimo.safetensors")
+    g.check(build("mamba3", g.x.shape[-1], **g.args), *DELTA["mamba3"](g))
+
+
+@pytest.mark.parametrize("law", ["shape", "agreement", "split", "causality", "reset", "trained", "half"])
+def test_laws_of_mamba3_of_several_ranks(law):
+    args = {**MIXERS["mamba3"].small, "rank": 3}
+    LAWS[law](lambda: build("mamba3", WIDTH, **args), MIXERS["mamba3"])
+
+
+def test_mamba3_without_turning_and_trapezoid_is_mamba2(float64):
+    """λ = 1 and ω = 0: one write a token, dt k uᵀ."""
+    m = instance(lambda: build("mamba3", WIDTH, **MIXERS["mamba3"].small))
+    x = torch.randn(2, 30, WIDTH, generator=torch.Generator().manual_seed(1))
+    x[..., 0] = 1
+    with torch.no_grad():
+        starts = torch.tensor([0, *m.sizes]).cumsum(0)
+        m.inp.weight[starts[6] :] = 0
+        m.inp.weight[starts[6] : starts[7], 0] = 100  # σ(100) is one
+        z, u, B, C, dt, a, _, _ = m.inp(x).split(m.sizes, -1)
+        k, q = (
+            (m.by_head(p, norm) + bias)[:, :, 0]
+            for p, norm, bias in zip((B, C), m.norms, m.biases, strict=True)
+        )
+        dt, u = torch.nn.functional.softplus(dt + m.dt_bias), u.unflatten(-1, (4, -1))
+        g = -torch.nn.functional.softplus(a) * dt
+        y, S = ops.outer(q, k, dt[..., None] * u, g)
+        y = (y + m.skip[:, None] * u).flatten(2) * z * z.sigmoid()
+        out, state = m(x)
+    close(out, m.out(y), "out")
+    close(state[0], S, "state")
+
+
+def test_mamba3_counts_modulo_two():
+    """What the first token wrote is turned by half a turn at every one: its sign is the parity."""
+    m = build("mamba3", 8, num_heads=2, num_states=4).double().requires_grad_(False)
+    for p in m.parameters():
+        p.zero_()
+    starts = torch.tensor([0, *m.sizes]).cumsum(0)
+    m.inp.weight[starts[0], 1] = m.inp.weight[starts[1], 2] = 1  # z is open, u is written by the first
+    m.inp.weight[starts[4] : starts[5], 1] = 0.5413248546129181  # dt = softplus of this = 1
+    m.inp.weight[starts[7], 0] = OPEN  # ω
+    m.biases[..., :2] = 1  # k and q: only the pair that turns
+    m.out.weight[0, 0] = 1
+    b = bits()
+    x = seen(b)
+    x[:, 0, 0], x[:, 0, 2] = 0, 1
+    y = m(x)[0][0, :, 0]
+    assert torch.equal(y.sign(), 1 - 2 * (x[0, :, 0].cumsum(0) % 2))

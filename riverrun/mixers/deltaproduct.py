@@ -11,7 +11,6 @@ Source: Siems et al. 2025 (arXiv:2502.10297) sec. 3 and eq. 4; the layout of its
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,12 +18,7 @@ from riverrun import ops
 from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, carried, head_width, heads, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.signed import write_strength
-
-
-def first_of(x: Tensor, n: int) -> Tensor:
-    """x (B, T, ...) at the first of every n steps, zeros at the others: (B, n·T, ...)."""
-    rest = torch.zeros_like(x)[:, :, None].expand(-1, -1, n - 1, *x.shape[2:])
-    return torch.cat([x[:, :, None], rest], 2).flatten(1, 2)
+from riverrun.nn.steps import among
 
 
 class DeltaProduct(nn.Module):
@@ -74,8 +68,8 @@ class DeltaProduct(nn.Module):
         beta, g = write_strength(b[..., 0], self.negative_eigenvalues), None
         if self.gated:
             g = -wide(self.log_rate).exp() * F.softplus(wide(a) + wide(self.dt_bias))
-            g = first_of(g, n)
-        flags = None if reset is None else first_of(reset, n)
+            g = among(g[:, :, None], n)
+        flags = None if reset is None else among(reset[:, :, None], n)
         y, S = ops.delta(q, unit(k), v, beta, g, state=S, reset=flags)
         y = y[:, n - 1 :: n]
         y = self.norm(y.flatten(2), z) if self.gated else self.norm(y).flatten(2)

@@ -253,6 +253,16 @@ MIXERS: dict[str, Row] = {
         good="a larger state than Mamba's at the speed of matrix products",
         bad="recall once the context outgrows the state",
     ),
+    "mamba3": Row(
+        "Mamba3",
+        "2603.15569",
+        op="outer",
+        small=dict(num_heads=4, num_states=6, num_groups=2, turning=0.7),
+        golden="mamba3.safetensors",
+        good="tracking states that turn, at about the cost of Mamba-2 and without its convolution",
+        bad="recall once the context outgrows the state",
+        slow="only with rank > 1, whose op runs on 2 rank - 1 times as many steps",
+    ),
     "mesanet": Row(
         "MesaNet",
         "2506.05233",

@@ -10,7 +10,7 @@ from riverrun.models.language import LanguageConfig, LanguageModel
 
 
 def model(pattern="mingru"):
-    return LanguageModel(LanguageConfig(ByteTokenizer().size, 8, depth=1, pattern=pattern))
+    return LanguageModel(LanguageConfig(ByteTokenizer().size, 8, depth=2, pattern=pattern))
 
 
 def test_a_model_on_a_cpu_is_run_step_by_step_and_refused_when_asked_for():
@@ -18,6 +18,14 @@ def test_a_model_on_a_cpu_is_run_step_by_step_and_refused_when_asked_for():
     with pytest.raises(ValueError, match="graph = True, but CUDA graphs need a GPU"):
         Generation(model(), ByteTokenizer(), [""], Limits(1, graph=True))
     assert not Generation(model(), ByteTokenizer(), [""], Limits(1)).recorded
+
+
+def test_what_grows_or_waits_is_named(monkeypatch):
+    monkeypatch.setattr(LanguageModel, "output", torch.empty(0, device="meta"))
+    monkeypatch.setattr(graph, "on_gpu", lambda x: True)
+    assert "attention grows with every token" in graph.refusal(model("mingru + attention"))
+    assert "mom: which memories" in graph.refusal(model("mom"))
+    assert graph.refusal(model("mingru + sliding_window")) is None
 
 
 def test_a_state_may_not_change_in_what_python_sees():

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from riverrun.mixers import row
 from riverrun.models.language import LanguageModel
 from riverrun.state import State, describe, leaves, tree_map
 
@@ -30,12 +31,12 @@ Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
 def refusal(model: LanguageModel) -> str | None:
     """Why one step of `model` cannot be recorded, or None."""
-    device = model.output.device
-    if device.type != "cuda":
-        return f"CUDA graphs need a GPU, and the model is on '{device}'"
+    if not on_gpu(model.output):
+        return f"CUDA graphs need a GPU, and the model is on '{model.output.device}'"
     if model.grows:
         return f"the state of {', '.join(model.grows)} grows with every token, and a graph has one size"
-    return None
+    why = {name: row(name).unrecorded for name in model.layers if row(name).unrecorded}
+    return "; ".join(f"{name}: {reason}" for name, reason in why.items()) or None
 
 
 class Replay:

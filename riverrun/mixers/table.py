@@ -23,6 +23,7 @@ class Row:
     good: str = ""  # "good at ..., bad at ...": a reader's first choice among mixers
     bad: str = ""
     slow: str = ""  # why it takes more than three times as long as its op alone, if it does
+    unrecorded: str = ""  # why one step of it cannot be recorded in a CUDA graph, if it cannot
 
 
 BY_EQUATION = "its equation in float64 stands in tests/test_mixers.py: "
@@ -304,6 +305,7 @@ MIXERS: dict[str, Row] = {
         "MoM",
         "2502.13685",
         op="delta",
+        unrecorded="which memories a token meets decides what is computed, and that is read back",
         small=dict(num_heads=2, num_memories=3, chosen=2),
         golden=BY_EQUATION + "the authors' layer runs on GPUs only",
         compiles=False,  # unless masked: how many tokens a memory gets is data,
@@ -369,6 +371,7 @@ MIXERS: dict[str, Row] = {
         "SSE",
         "2507.16577",
         op="outer",
+        unrecorded="which memories a token meets decides what is computed, and that is read back",
         small=dict(num_heads=2, num_partitions=3, writers=2, readers=1, rank=4, decay_rank=4),
         golden=BY_EQUATION + "the authors' layer runs on GPUs only",
         compiles=False,  # unless masked: how many tokens a partition gets is data,

@@ -26,6 +26,37 @@ def around(conv, x, columns):
     return y
 
 
+def selective(m, u):
+    """Gu & Dao 2023, algorithm 2, on u (T, E), one channel and one state at a time."""
+    T, (E, N) = len(u), m.log_rate.shape
+    padded = torch.cat([torch.zeros(m.conv.weight.shape[1] - 1, E), u])
+    u = silu(
+        m.conv.bias + sum(padded[j : j + T] * m.conv.weight[:, j] for j in range(m.conv.weight.shape[1]))
+    )
+    delta, B, C = (u @ m.dt_bc.weight.T).split(m.sizes, -1)
+    dt = softplus(delta @ m.dt.weight.T + m.dt.bias)
+    y = m.skip * u
+    for e in range(E):
+        for n in range(N):
+            h = torch.zeros(())
+            for t in range(T):
+                h = torch.exp(-dt[t, e] * torch.exp(m.log_rate[e, n])) * h + dt[t, e] * B[t, n] * u[t, e]
+                y[t, e] += C[t, n] * h
+    return y
+
+
+def mambamixer(m, x):
+    """Behrouz et al. 2024: over the tokens; then over the channels of each token, from both ends."""
+    u, z = (x @ m.inp.weight.T).chunk(2, -1)
+    tokens = (selective(m.scan, u) * silu(z)) @ m.out.weight.T
+    channels = torch.zeros_like(tokens)
+    for t in range(len(x)):
+        u, z = (tokens[t].view(-1, m.channel_width) @ m.channel_inp.weight.T).chunk(2, -1)
+        both = selective(m.forwards, u) + selective(m.backwards, u.flip(0)).flip(0)
+        channels[t] = ((both * silu(z)) @ m.channel_out.weight.T).flatten()
+    return m.average.weight[0] * tokens + m.average.weight[1] * channels
+
+
 def hydra_matrices(m, x):
     """Hwang et al. 2024: each head's quasiseparable matrix (H, T, T), the values and the gate."""
     T, H, G = len(x), m.num_heads, m.num_groups
@@ -69,3 +100,6 @@ def vssd(m, x):
     y = y.flatten(1)
     y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, unbiased=False, keepdim=True) + m.norm.eps)
     return ((m.norm.weight * y + m.norm.bias) * z) @ m.out.weight.T
+
+
+BOTH = [mambamixer]  # the others have golden numbers

@@ -8,10 +8,10 @@ from equations_both import around, hydra, silu, vssd
 from torch.utils.flop_counter import FlopCounterMode
 
 from riverrun import ops
-from riverrun.mixers import MIXERS, build
+from riverrun.mixers import MIXERS, Row, build
 from riverrun.models.pattern import layers
-from riverrun.nn import LocalConv, apart, both_resets, both_ways, each_document, pooled
-from riverrun.testing.laws import instance
+from riverrun.nn import LocalConv, WeightedAverage, apart, both_resets, both_ways, each_document, pooled
+from riverrun.testing.laws import LAWS, instance
 from riverrun.testing.tolerance import close
 
 WIDTH, STEPS = 16, 23
@@ -182,6 +182,67 @@ def test_vig_in_one_scan_is_two_gated_linear_attentions():
         forward, _ = ops.outer(q, k, v, g)
         backward, _ = ops.outer(*(p.flip(1) for p in (q, k, v, g_back)))
         close(read[0], (forward + backward.flip(1)) / (2 * math.sqrt(mixer.sizes[0] // 2)), "two scans")
+
+
+# MambaMixer
+
+
+def as_mamba(mixer, mamba):
+    """Give `mamba` the weights of the token mixer."""
+    theirs = {name.removeprefix("scan."): p for name, p in mixer.state_dict().items()}
+    mamba.load_state_dict({name: theirs[name] for name in mamba.state_dict()})
+
+
+def test_mambamixers_without_channel_mixers_are_a_stack_of_mambas():
+    """α = 1 and β = 0 in every block, and of all earlier outputs only the last."""
+    mixers = [
+        instance(lambda i=i: build("mambamixer", WIDTH, num_states=4 + i, channel_width=4)) for i in range(3)
+    ]
+    mambas = [build("mamba", WIDTH, num_states=4 + i).double() for i in range(3)]
+    averages = [WeightedAverage(i + 1).double() for i in range(3)]
+    outputs, y = [random(2, STEPS, WIDTH)], random(2, STEPS, WIDTH)
+    with torch.no_grad():
+        for mixer, mamba, average in zip(mixers, mambas, averages, strict=True):
+            as_mamba(mixer, mamba)
+            outputs.append(mixer(average(outputs))[0])
+            y = mamba(y)[0]
+        assert (outputs[-1] - y).abs().max() > 1e-3, "channel mixers and averages make no difference"
+        outputs, y = outputs[:1], outputs[0]
+        for mixer, mamba, average in zip(mixers, mambas, averages, strict=True):
+            mixer.average.weight.copy_(torch.tensor([1.0, 0.0]))
+            average.weight.zero_()[-1] = 1
+            outputs.append(mixer(average(outputs))[0])
+            y = mamba(y)[0]
+    close(outputs[-1], y, "a stack of Mambas")
+
+
+def test_mambamixer_mixes_channels_from_both_ends():
+    """What a token's channel says reaches channels before and after it, and no other token."""
+    mixer, y = small("mambamixer"), random(1, 3, WIDTH).requires_grad_()
+    (slope,) = torch.autograd.grad(mixer.channels(y)[0, 1, WIDTH // 2], y)
+    assert slope[0, 1].abs().min() > 0 and slope[0, [0, 2]].abs().max() == 0
+
+
+def test_an_average_of_the_wrong_number_is_refused():
+    with pytest.raises(ValueError, match="2 tensors for an average of 3"):
+        WeightedAverage(3)([torch.zeros(1), torch.zeros(1)])
+
+
+# the laws of such mixers can fail
+
+
+def test_laws_find_a_mixer_that_claims_to_look_ahead_and_does_not():
+    with pytest.raises(AssertionError, match=r"does not depend on all of x\[1:\], against causal=False"):
+        LAWS["causality"](lambda: build("gla", WIDTH, num_heads=2), Row("GLA", "", op="outer", causal=False))
+
+
+def test_laws_find_packed_documents_that_see_each_other():
+    class Leaking(type(build("hydra", WIDTH, num_heads=4))):
+        def forward(self, x, state=None, reset=None):
+            return super().forward(x, state)
+
+    with pytest.raises(AssertionError, match="reset at 1"):
+        LAWS["reset"](lambda: Leaking(WIDTH, num_heads=4), MIXERS["hydra"])
 
 
 # all of them

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from equations_both import BOTH
 from equations_delta import DELTA
 from equations_fastweight import lact, miras, titans, ttt
 from equations_outer import OUTER
@@ -177,6 +178,7 @@ def sliding_window(m, x):
 
 EQUATIONS = [linear_attention, retnet, gla, hgrn2, deltanet, s5, slstm, attention, sliding_window]
 EQUATIONS += [lact, miras, titans, ttt]
+EQUATIONS += BOTH
 EQUATIONS += DELTA
 EQUATIONS += OUTER
 EQUATIONS += [mom, sse]
@@ -224,12 +226,8 @@ def test_refusals(name):
         mixer(x, None, torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="int64"):
         mixer(x, None, torch.zeros(2, 3, dtype=torch.long))
-    for wrong in (
-        states.select(state, [0]),
-        (None, None),
-        (state, state, state, state, state),
-        torch.zeros(2),
-    ):
+    wrongs = [(None, None), (state, state, state, state, state), torch.zeros(2)]
+    for wrong in wrongs if state is None else [*wrongs, states.select(state, [0])]:
         with pytest.raises(ValueError, match="state"):
             mixer(x, wrong)
 

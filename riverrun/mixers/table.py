@@ -264,6 +264,15 @@ MIXERS: dict[str, Row] = {
         bad="recall once the context outgrows the state",
         slow="only with rank > 1, whose op runs on 2 rank - 1 times as many steps",
     ),
+    "mambamixer": Row(
+        "MambaMixer",
+        "2403.19888",
+        op="selective",
+        small=dict(num_states=4, channel_states=3, channel_width=4),
+        golden=BY_EQUATION + "the authors published no code",
+        good="many related series: it selects among channels as well as among times",
+        bad="speed: its second scan walks over channels at every time",
+    ),
     "mesanet": Row(
         "MesaNet",
         "2506.05233",

@@ -1,6 +1,7 @@
 """Layers that do not mix time, and a few that do: short convolutions, attention, both ways at once."""
 
 from .attend import attend
+from .average import WeightedAverage
 from .both import apart, both_resets, both_ways, each_document, pooled
 from .check import carried, fitting, head_width, whole
 from .conv import LocalConv, ShortConv, previous
@@ -8,6 +9,7 @@ from .lowrank import LowRank
 from .mlp import GatedMLP
 from .norm import GatedRMSNorm, HeadNorm, RMSNorm, unit
 from .rotary import positions, rotate
+from .selective import SelectiveScan
 from .shape import heads, wide
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "LocalConv",
     "LowRank",
     "RMSNorm",
+    "SelectiveScan",
     "ShortConv",
+    "WeightedAverage",
     "apart",
     "attend",
     "both_resets",

@@ -67,4 +67,20 @@ def lightnet(g: Golden):
     return parameters, (g.state["S"], g.state["z"], g.state["position"])
 
 
-OUTER = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet)}
+def loglinear(g: Golden):
+    w = g.weights
+    parameters = {
+        "inp.weight": w["in_proj.weight"],
+        "conv.weight": w["conv1d.weight"][:, 0],
+        "conv.bias": w["conv1d.bias"],
+        "dt_bias": w["dt_bias"],
+        "log_rate": w["A_log"],
+        "levels": w["L"],
+        "skip": w["D"],
+        "norm.weight": w["norm.weight"],
+        "out.weight": w["out_proj.weight"],
+    }
+    return parameters, None
+
+
+OUTER = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet, loglinear)}

@@ -7,6 +7,7 @@ from riverrun import ops
 from riverrun.inference.prompt import reread
 from riverrun.mixers import build
 from riverrun.nn.axes import lrpe, places
+from riverrun.nn.fenwick import fenwick
 from riverrun.nn.taylor import taylor
 from riverrun.testing.laws import inputs, instance
 from riverrun.testing.tolerance import close
@@ -172,6 +173,51 @@ def test_lightnet_grid_of_another_size():
         mixer(x, sizes=(4, 2))
     with pytest.raises(ValueError, match="tpe=True"):
         mixer(x, place=torch.zeros(2, 12, 2))
+
+
+# Log-linear attention
+
+
+def tree(T, L=8):
+    q, k, v = (inputs(T, seed=i).unflatten(-1, (2, 8)) for i in range(3))
+    g = -torch.nn.functional.softplus(inputs(T, seed=3)[..., :2])
+    weight = torch.nn.functional.softplus(inputs(T, seed=4)[..., None, :L] * torch.ones(2, 1))
+    return q, k, v, g, weight, torch.arange(T).expand(2, -1)
+
+
+def test_one_weight_for_all_levels_is_plain_decayed_attention():
+    q, k, v, g, weight, position = tree(67)
+    y, _ = fenwick(q, k, v, g, torch.ones_like(weight), position, None)
+    close(y, ops.outer(q, k, v, g)[0], "λ = 1")
+
+
+def test_the_tree_is_the_merging_of_states():
+    """The paper's recurrent form: a token's state is a leaf, and equal subtrees merge like the bits of t."""
+    q, k, v, g, weight, position = tree(67)
+    y, _ = fenwick(q, k, v, g, weight, position, None)
+    states = torch.zeros(8, 2, 2, 8, 8, dtype=torch.float64)
+    for t in range(67):
+        if t:
+            lowest = (t & -t).bit_length()  # the level that takes in all below it
+            states[lowest] = states[: lowest + 1].sum(0)
+            states[:lowest] = 0
+        states = states * g[:, t].exp()[..., None, None]
+        states[0] = k[:, t, :, :, None] * v[:, t, :, None]
+        found = torch.einsum("lbhkv,bhk,bhl->bhv", states, q[:, t], weight[:, t])
+        close(y[:, t], found, f"t = {t}")
+
+
+def test_a_document_longer_than_the_tree_begins_another():
+    q, k, v, g, weight, position = tree(40, L=5)  # 16 tokens
+    y, _ = fenwick(q, k, v, g, weight, position, None)
+    for t in (16, 32):
+        again, _ = fenwick(*(x[:, t:] for x in (q, k, v, g, weight)), position[:, : 40 - t], None)
+        close(y[:, t : t + 16], again[:, :16], f"from {t}")
+
+
+def test_tree_sizes_that_mean_nothing():
+    with pytest.raises(ValueError, match="accepted are 2 to 32"):
+        build("loglinear", WIDTH, num_levels=1)
 
 
 # HGRN

@@ -226,6 +226,16 @@ MIXERS: dict[str, Row] = {
         good="being the plainest and cheapest matrix memory",
         bad="long inputs: it never forgets, so they blur",
     ),
+    "loglinear": Row(
+        "LogLinear",
+        "2506.04761",
+        op="outer",
+        small=dict(num_heads=4, num_states=3, num_groups=2, num_levels=5),
+        golden="loglinear.safetensors",
+        good="long contexts: the recent past in detail, all of it at the price of its logarithm",
+        bad="speed and memory, against one matrix",
+        slow="it runs a memory for each of log T levels",
+    ),
     "lstm": Row(
         "LSTM",
         "",

@@ -16,6 +16,7 @@ from fla.ops.based.naive import naive_parallel_based
 from fla.ops.gla.naive import naive_recurrent_gla
 from fla.ops.gsa.naive import naive_recurrent_gsa
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
+from fla.ops.log_linear_attn.naive import naive_log_linear_attn
 from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 
 from riverrun.testing import golden
@@ -120,7 +121,26 @@ def lightnet(x):
     )
 
 
-LAYERS = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet)}
+def loglinear(x):
+    """The names are those of fla/layers/log_linear_mamba2.py; g_norm has one group for each group of keys."""
+    G, N, H, L, E = 1, 3, 4, 9, 2 * WIDTH
+    parts, inner = (E, E + 2 * G * N, H, H * L), (E, G * N, G * N)
+    w = {"in_proj.weight": 2 * matrix(sum(parts)), "out_proj.weight": matrix(WIDTH, E)}
+    w |= {"conv1d.weight": torch.randn(parts[1], 1, 4) * 0.5, "conv1d.bias": torch.randn(parts[1])}
+    w |= {"dt_bias": torch.randn(H) - 3, "A_log": torch.randn(H), "L": torch.randn(H, L), "D": torch.randn(H)}
+    w["norm.weight"] = 1 + 0.3 * torch.randn(E)
+    z, u, dt, level = (x @ w["in_proj.weight"].T).split(parts, -1)
+    conv = F.conv1d(u.mT, w["conv1d.weight"], w["conv1d.bias"], padding=3, groups=parts[1])[..., :STEPS]
+    v, B, C = F.silu(conv).mT.split(inner, -1)
+    v, B, C = v.unflatten(-1, (H, -1)), B.unflatten(-1, (G, -1)), C.unflatten(-1, (G, -1))
+    B, C, dt = (B.repeat_interleave(H // G, 2), C.repeat_interleave(H // G, 2), F.softplus(dt + w["dt_bias"]))
+    weight = F.softplus(w["L"] * level.unflatten(-1, (H, L)))
+    y = naive_log_linear_attn(C, B, v * dt[..., None], -w["A_log"].exp() * dt, weight) + w["D"][:, None] * v
+    y = rms(y.flatten(2) * F.silu(z), w["norm.weight"], 1e-5) @ w["out_proj.weight"].T
+    return y, w, {}, dict(num_heads=H, num_states=N, num_groups=G, num_levels=L)
+
+
+LAYERS = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet, loglinear)}
 
 
 def main() -> None:

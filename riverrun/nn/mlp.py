@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from riverrun.ops import gpu
+
 
 class GatedMLP(nn.Module):
     """SwiGLU: W_out (silu(W_gate x) ⊙ W_up x). Shazeer 2020 (arXiv:2002.05202) eq. 6.
@@ -20,5 +22,8 @@ class GatedMLP(nn.Module):
         self.out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.inp(x).chunk(2, -1)
+        both = self.inp(x)
+        if gpu is not None and gpu.swiglu.refuses(both) is None:
+            return self.out(gpu.swiglu.swiglu(both))
+        gate, up = both.chunk(2, -1)
         return self.out(F.silu(gate) * up)

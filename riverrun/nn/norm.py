@@ -18,6 +18,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == self.weight.dtype:  # whose own sums are float32
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return F.rms_norm(wide(x), self.normalized_shape, wide(self.weight), self.eps).to(x.dtype)
 
 
@@ -71,4 +73,6 @@ class HeadNorm(nn.Module):
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(Σ x² + eps) over the last axis: keys of length one, and no gradient that explodes at zero."""
+    if gpu is not None and x.dim() > 1 and gpu.norm.refuses(x, x, x.shape[-1]) is None:
+        return gpu.norm.unit(x, eps)
     return (wide(x) * torch.rsqrt(wide(x).square().sum(-1, keepdim=True) + eps)).to(x.dtype)

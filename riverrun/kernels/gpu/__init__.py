@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import cells, conv, delta, dplr, memory, outer, scan, selective, softmax
-from . import norm as norm  # no op, but what nn.GatedRMSNorm runs
+from . import norm as norm  # no ops, but what layers run
+from . import swiglu as swiglu
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "outer": outer.outer,
@@ -31,8 +32,6 @@ def refuses(name: str, args: tuple[Tensor | None, ...]) -> str | None:
     """Why the kernel of op `name` cannot run these arguments, or None."""
     if any(x is not None and x.dtype in (torch.float64, torch.complex128) for x in args):
         return "it computes in float32, and an argument is float64"
-    if name == "selective" and any(x is not None and x.dtype == torch.float16 for x in args):
-        return "its gradients are not confirmed on a GPU in float16; bfloat16 and float32 are"
     if name in memory.OPS:
         return memory.refuses(args[1])
     if name in cells.GATES:

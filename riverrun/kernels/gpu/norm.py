@@ -1,7 +1,9 @@
-"""RMS norm of groups of channels with a gate, forward and backward in one pass each over x and z.
+"""RMS norm of groups of channels with a gate, forward and backward in one pass each over x and z, and `unit`.
 
     y = w ⊙ norm(x) ⊙ silu(z)        or, gated `before`,        y = w ⊙ norm(x ⊙ silu(z))
     norm(u) = u r        r = 1 / sqrt(mean(u²) + eps)        du = r (dn - n mean(dn ⊙ n))    with n = u r
+
+    unit    y = x r    r = 1 / sqrt(Σ x² + eps)        dx = r (dy - y Σ dy ⊙ y)
 
 x, z, y: (rows, groups, group)    w: (groups, group)    Sums in float32; dw is summed over rows in a fixed
 order. What `riverrun.nn.norm.GatedRMSNorm` computes; eager PyTorch reads and writes x some eight times for
@@ -151,6 +153,81 @@ def gated_rms_norm(
         raise ValueError(f"gated_rms_norm: {why}")
     w = weight.view(-1, group).expand(x.shape[-1] // group, group).contiguous()
     return _norm(_rows(x, *w.shape), _rows(z, *w.shape), w, eps, before).view(x.shape)
+
+
+@triton.jit
+def _unit_forward(x, y, R, H, K, XS, eps, ROWS: tl.constexpr, C: tl.constexpr):
+    """Grid (blocks of ROWS heads), R heads in all, H to a row. XS: from one row of x to the next."""
+    i, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, C)
+    inside = (i < R)[:, None] & (c < K)[None, :]
+    at = ((i // H) * XS + (i % H) * K)[:, None] + c[None, :]
+    x_ = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    n = x_ / tl.sqrt(tl.sum(x_ * x_, 1) + eps)[:, None]
+    tl.store(y + i[:, None] * K + c[None, :], n.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _unit_backward(x, dy, dx, R, H, K, XS, eps, ROWS: tl.constexpr, C: tl.constexpr):
+    i, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, C)
+    inside = (i < R)[:, None] & (c < K)[None, :]
+    at = ((i // H) * XS + (i % H) * K)[:, None] + c[None, :]
+    x_ = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    dy_ = tl.load(dy + i[:, None] * K + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x_ * x_, 1) + eps)[:, None]
+    n = x_ * r
+    dx_ = r * (dy_ - n * tl.sum(dy_ * n, 1)[:, None])
+    tl.store(dx + i[:, None] * K + c[None, :], dx_.to(dx.dtype.element_ty), mask=inside)
+
+
+def _unit_launch(kernel, x: Tensor, *others: Tensor, eps: float) -> None:
+    (R, H, K), C = x.shape, triton.next_power_of_2(x.shape[2])
+    rows = max(1, min(1024 // C, triton.next_power_of_2(R * H)))
+    grid = (triton.cdiv(R * H, rows),)
+    kernel[grid](
+        x, *others, R * H, H, K, x.stride(0), eps, rows, C, num_warps=max(1, min(16, C * rows // 256))
+    )
+
+
+@torch.library.custom_op("riverrun::unit_gpu", mutates_args=(), device_types=DEVICE)
+def _unit(x: Tensor, eps: float) -> Tensor:
+    y = _like(x)
+    _unit_launch(_unit_forward, x, y, eps=eps)
+    return y
+
+
+@torch.library.custom_op("riverrun::unit_gpu_backward", mutates_args=(), device_types=DEVICE)
+def _unit_gradient(x: Tensor, dy: Tensor, eps: float) -> Tensor:
+    dx = _like(x)
+    _unit_launch(_unit_backward, x, dy, dx, eps=eps)
+    return dx
+
+
+@_unit.register_fake
+def _(x, eps):
+    return _like(x)
+
+
+@_unit_gradient.register_fake
+def _(x, dy, eps):
+    return _like(x)
+
+
+def _unit_setup(ctx, inputs, output):
+    x, ctx.eps = inputs
+    ctx.save_for_backward(x)
+
+
+_unit.register_autograd(
+    lambda ctx, dy: (_unit_gradient(*ctx.saved_tensors, dy.contiguous(), ctx.eps), None),
+    setup_context=_unit_setup,
+)
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(Σ x² + eps) over the last axis of x (..., H, K)."""
+    if why := refuses(x, x, x.shape[-1]):
+        raise ValueError(f"unit: {why}")
+    return _unit(_rows(x, *x.shape[-2:]), eps).view(x.shape)
 
 
 def refuses(x: Tensor, z: Tensor, group: int) -> str | None:

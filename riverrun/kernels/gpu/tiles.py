@@ -61,9 +61,9 @@ def sweep(a, b, carry):
     seg_a, seg_b = last(inner_a, 1), last(inner_b, 1)
     one, zero = tl.full(seg_a.shape, 1.0, tl.float32), tl.zeros(seg_a.shape, tl.float32)
     through_a, through_b, before_a, before_b = tl.associative_scan((seg_a, seg_b, one, zero), 0, _join_before)
-    enter = before_a * carry[None, :] + before_b
-    total = last(through_a, 0)
-    return inner_a * enter[:, None, :] + inner_b, total * carry + last(through_b, 0), total
+    enter, end = before_a * carry[None, :] + before_b, through_a * carry[None, :] + through_b
+    # across threads: once for the carry, and for the product only where somebody uses it
+    return inner_a * enter[:, None, :] + inner_b, last(end, 0), last(through_a, 0)
 
 
 @triton.jit
@@ -103,8 +103,8 @@ def sweep_complex(ar, ai, br, bi, cr, ci):
     er = (par * cr[None, :] - pai * ci[None, :] + pbr)[:, None, :]
     ei = (par * ci[None, :] + pai * cr[None, :] + pbi)[:, None, :]
     hr, hi = iar * er - iai * ei + ibr, iar * ei + iai * er + ibi
-    ar, ai = last(tar, 0), last(tai, 0)
-    return hr, hi, ar * cr - ai * ci + last(tbr, 0), ar * ci + ai * cr + last(tbi, 0), ar, ai
+    endr, endi = tar * cr[None, :] - tai * ci[None, :] + tbr, tar * ci[None, :] + tai * cr[None, :] + tbi
+    return hr, hi, last(endr, 0), last(endi, 0), last(tar, 0), last(tai, 0)
 
 
 @triton.jit

@@ -1,0 +1,83 @@
+"""silu(gate) ⊙ up in one pass, forward and backward, for the two halves of one projection.
+
+    y = g σ(g) u        du = dy g σ(g)        dg = dy u σ(g) (1 + g (1 - σ(g)))
+
+x = [g, u]: (rows, 2 N)    y: (rows, N)    What `riverrun.nn.GatedMLP` computes between its maps.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import DEVICE
+
+BLOCK = 1024
+
+
+@triton.jit
+def _forward(x, y, N, BLOCK: tl.constexpr):
+    """Grid (rows, blocks of channels)."""
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(x + row * 2 * N + c, mask=c < N, other=0.0).to(tl.float32)
+    u = tl.load(x + row * 2 * N + N + c, mask=c < N, other=0.0).to(tl.float32)
+    tl.store(y + row * N + c, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=c < N)
+
+
+@triton.jit
+def _backward(x, dy, dx, N, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(x + row * 2 * N + c, mask=c < N, other=0.0).to(tl.float32)
+    u = tl.load(x + row * 2 * N + N + c, mask=c < N, other=0.0).to(tl.float32)
+    d = tl.load(dy + row * N + c, mask=c < N, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    dg, du = d * u * s * (1.0 + g * (1.0 - s)), d * g * s
+    tl.store(dx + row * 2 * N + c, dg.to(dx.dtype.element_ty), mask=c < N)
+    tl.store(dx + row * 2 * N + N + c, du.to(dx.dtype.element_ty), mask=c < N)
+
+
+@torch.library.custom_op("riverrun::swiglu_gpu", mutates_args=(), device_types=DEVICE)
+def _swiglu(x: Tensor) -> Tensor:
+    rows, N = x.shape[0], x.shape[1] // 2
+    y = x.new_empty(rows, N)
+    _forward[(rows, triton.cdiv(N, BLOCK))](x, y, N, BLOCK)
+    return y
+
+
+@torch.library.custom_op("riverrun::swiglu_gpu_backward", mutates_args=(), device_types=DEVICE)
+def _gradient(x: Tensor, dy: Tensor) -> Tensor:
+    dx, N = torch.empty_like(x), dy.shape[1]
+    _backward[(x.shape[0], triton.cdiv(N, BLOCK))](x, dy, dx, N, BLOCK)
+    return dx
+
+
+@_swiglu.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@_gradient.register_fake
+def _(x, dy):
+    return torch.empty_like(x)
+
+
+_swiglu.register_autograd(
+    lambda ctx, dy: _gradient(*ctx.saved_tensors, dy.contiguous()),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why the kernel cannot take x, or None."""
+    if x.device.type != DEVICE:
+        return f"it runs on {DEVICE}, x is on {x.device.type}"
+    return "it computes in float32, and x is float64" if x.dtype == torch.float64 else None
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2 N) -> (..., N)."""
+    if why := refuses(x):
+        raise ValueError(f"swiglu: {why}")
+    return _swiglu(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)

@@ -30,8 +30,8 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Mamba3(nn.Module):
-    """arXiv:2603.15569. State: (h (B, H, N, P), θ (B, H, A), k (B, R, H, N), u (B, R, H, P)), each the
-    last; P = expand · width / H, A = turning · N / 2, R = rank. G groups share B and C among H / G heads each.
+    """arXiv:2603.15569. State: the last h (B, H, N, P), θ (B, H, A), k (B, R, H, N) and u (B, R, H, P);
+    P = expand · width / H, A = turning · N / 2, R = rank. G groups share B and C among H / G heads each.
     """
 
     def __init__(

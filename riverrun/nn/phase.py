@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,7 +25,8 @@ def phases(rate: Tensor, start: Tensor | None) -> Tensor:
 
 def turn(x: Tensor, angle: Tensor) -> Tensor:
     """x (..., N) with its first A pairs turned by angle (..., A), A ≤ N / 2."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    angle = F.pad(angle, (0, a.shape[-1] - angle.shape[-1]))
+    turned, rest = x.split([2 * angle.shape[-1], x.shape[-1] - 2 * angle.shape[-1]], -1)
+    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    return torch.cat([turned.flatten(-2), rest], -1)

@@ -8,12 +8,15 @@ Source: Gu & Dao 2023 (arXiv:2312.00752) algorithm 2 and fig. 3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import ShortConv, carried, fitting, wide
+from riverrun.nn.beyond import Beyond
 from riverrun.nn.init import step_size_bias
 from riverrun.nn.signed import signed_selective
 
@@ -21,7 +24,8 @@ from riverrun.nn.signed import signed_selective
 class Mamba(nn.Module):
     """arXiv:2312.00752. State: (h (B, E, N), conv (B, window - 1, E)) with E = expand · width.
 
-    `negative_eigenvalues`: h = (2 exp(dt A) - 1) ⊙ h + dt u Bᵀ, see `riverrun.nn.signed`.
+    `negative_eigenvalues`: h = (2 exp(dt A) - 1) ⊙ h + dt u Bᵀ, see `riverrun.nn.signed`. `beyond`: what to
+    do past the length of training, arguments of `riverrun.nn.beyond.Beyond`; h is then (h, position (B)).
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Mamba(nn.Module):
         window: int = 4,
         rank: int | None = None,
         negative_eigenvalues: bool = False,
+        beyond: dict[str, Any] | None = None,
     ):
         super().__init__()
         E, N, R = expand * width, num_states, rank or -(-width // 16)
@@ -45,6 +50,7 @@ class Mamba(nn.Module):
         rates = torch.arange(1, N + 1, dtype=torch.get_default_dtype())
         self.log_rate = nn.Parameter(rates.log().repeat(E, 1))
         self.skip = nn.Parameter(torch.ones(E))
+        self.beyond = None if beyond is None else Beyond(E, **beyond)
         self.out = nn.Linear(E, width, bias=False)
 
     def forward(
@@ -56,9 +62,10 @@ class Mamba(nn.Module):
         delta, B, C = self.dt_bc(u).split(self.sizes, -1)
         dt = F.softplus(wide(self.dt(delta)))
         A = -wide(self.log_rate).exp()
-        if self.negative_eigenvalues:
+        op = signed_selective if self.negative_eigenvalues else ops.selective
+        if self.beyond is None:
             h = fitting(self, h, x.shape[0], *A.shape)
-            y, h = signed_selective(u, dt, A, B, C, h, reset)
+            y, h = op(u, dt, A, B, C, state=h, reset=reset)
         else:
-            y, h = ops.selective(u, dt, A, B, C, state=h, reset=reset)
+            y, h = self.beyond.selective(op, u, dt, A, B, C, h, reset)
         return self.out((y + self.skip * u) * F.silu(z)), (h, past)

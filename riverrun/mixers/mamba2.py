@@ -10,6 +10,7 @@ gate.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, wide
+from riverrun.nn.beyond import Beyond
 from riverrun.nn.init import log_rate, step_size_bias
 
 
@@ -25,7 +27,8 @@ class Mamba2(nn.Module):
     H.
 
     G groups share B and C among H / G heads each. `step_limits` bounds dt, for any T alike. The norm is taken
-    over each of `num_norm_groups` parts, G unless given.
+    over each of `num_norm_groups` parts, G unless given. `beyond`: what to do past the length of training,
+    arguments of `riverrun.nn.beyond.Beyond`, whose state is then in the place of S.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Mamba2(nn.Module):
         window: int = 4,
         step_limits: tuple[float, float] = (0.0, math.inf),
         num_norm_groups: int | None = None,
+        beyond: dict[str, Any] | None = None,
     ):
         super().__init__()
         E, H, G, N = expand * width, num_heads, num_groups, num_states
@@ -50,6 +54,7 @@ class Mamba2(nn.Module):
         self.log_rate, self.dt_bias = log_rate(H), step_size_bias(H)
         self.skip = nn.Parameter(torch.ones(H))
         self.norm = GatedRMSNorm(E, head_width(E, num_norm_groups or G, "num_norm_groups"), 1e-5, before=True)
+        self.beyond = None if beyond is None else Beyond(H, **beyond)
         self.out = nn.Linear(E, width, bias=False)
 
     def forward(
@@ -61,7 +66,10 @@ class Mamba2(nn.Module):
         u, B, C = u.split(self.inner, -1)
         u, B, C = heads(u, self.num_heads), heads(B, self.num_groups), heads(C, self.num_groups)
         dt = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(*self.step_limits)
-        g = -wide(self.log_rate).exp() * dt
-        y, S = ops.outer(C, B, (dt[..., None] * u).to(u.dtype), g, state=S, reset=reset)
+        rate = wide(self.log_rate).exp()
+        if self.beyond is None:
+            y, S = ops.outer(C, B, (dt[..., None] * u).to(u.dtype), -rate * dt, state=S, reset=reset)
+        else:
+            y, S = self.beyond.outer(C, B, u, dt, rate, S, reset)
         y = y + self.skip[:, None] * u
         return self.out(self.norm(y.flatten(2), z)), (S, past)

@@ -139,6 +139,14 @@ def test_efficientvim_without_its_gate_is_vssd_and_a_projection():
         close(mixer(x)[0], summed @ projection.T, "NC-SSD, then a projection")
 
 
+def test_efficientvim_compiles_where_no_documents_are_packed():
+    """Packed, how many there are is data, which is why its row says compiles=False."""
+    torch.compiler.reset()
+    mixer, x = small("efficientvim"), random(2, STEPS, WIDTH)
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    close(compiled(x)[0], mixer(x)[0], "compiled")
+
+
 def flops_per_token(name, width, **args):
     """What 64 more tokens cost, each: two for a product and its sum."""
     mixer, counts = build(name, width, columns=8, **args), []

@@ -152,6 +152,7 @@ MIXERS: dict[str, Row] = {
         golden="hydra.safetensors",
         good="reading whole texts both ways at the cost of two Mamba-2 scans",
         bad="anything that has to be continued",
+        slow="its maps in and out, for one direction more, cost as much as its op on one core",
     ),
     "jrt": Row(
         "JRT",
@@ -428,6 +429,7 @@ MIXERS: dict[str, Row] = {
         golden="vig.safetensors",
         good="pictures, linearly in their pixels, with a gate for each direction and a local path",
         bad="anything that has to be continued",
+        slow="its maps, its local path and its gate cost more than its op on one core",
     ),
     "vssd": Row(
         "VSSD",

@@ -7,9 +7,10 @@ from equations_both import hydra_matrices
 from riverrun import ops
 from riverrun.mixers import MIXERS, build
 from riverrun.nn import pooled
+from riverrun.ops import Op
 from riverrun.testing.inputs import FORMS, Size, make
-from riverrun.testing.laws import instance
-from riverrun.testing.materialise import LINEAR, materialise, off_diagonal_ranks, op_matrix
+from riverrun.testing.laws import instance, resets
+from riverrun.testing.materialise import LINEAR, inner_matrices, materialise, off_diagonal_ranks, op_matrix
 from riverrun.testing.tolerance import close
 
 SIZE = Size(T=13, H=4, G=2, K=3, V=2, D=3, N=2, W=4)
@@ -60,6 +61,39 @@ def test_an_ops_matrix_times_values_is_its_output(op, form, packed):
         given["c"] = torch.zeros_like(given["c"])  # a bias is no part of the matrix
     y, _ = op(**given, reset=case.reset)
     close(torch.einsum("bhts,bshv->bthv", M, v.view(*v.shape[:3], -1)).reshape(y.shape), y, "M v")
+
+
+ON_LINEAR = [n for n, row in MIXERS.items() if row.op in LINEAR]
+
+
+@pytest.mark.parametrize("name", ON_LINEAR)
+def test_the_matrices_inside_a_mixer_are_its_ops(name, monkeypatch):
+    """What each op of a mixer gives is M times its values, whichever implementation the mixer runs."""
+    mixer, x, reset, outputs = small(name), random(2, 9, 16), resets(9, (0, 4)), []
+    matrices = inner_matrices(mixer, x, reset)
+    assert any(op == MIXERS[name].op for op, _ in matrices), "not the op of its row"
+    run = Op.__call__
+
+    def watched(op, *args, state=None, reset=None, impl=None, **named):
+        y, end = run(op, *args, state=state, reset=reset, impl=impl, **named)
+        if op.name in LINEAR:
+            given = dict(zip(op.signature.names, op.signature.bind(args, named), strict=True))
+            bias = 0 if given.get("c") is None else given["c"]
+            outputs.append((state, given[LINEAR[op.name]], y - bias))
+        return y, end
+
+    monkeypatch.setattr(Op, "__call__", watched)
+    with torch.no_grad():
+        mixer(x, None, reset)
+    for (op, M), (state, v, y) in zip(matrices, outputs, strict=True):
+        if state is None:
+            found = torch.einsum("bhts,bshv->bthv", M, v.reshape(*v.shape[:3], -1).to(M.dtype))
+            close(found.reshape(y.shape), y.to(M.dtype), f"{op} inside {name}")
+
+
+def test_a_mixer_without_a_linear_op_has_no_matrices():
+    with pytest.raises(ValueError, match="GRU runs no op that is linear"):
+        inner_matrices(small("gru"), random(1, 4, 16))
 
 
 @pytest.mark.parametrize("op", ["elman", "lstm", "gru", "slstm", "fastweight"])

@@ -2,6 +2,7 @@
 
     materialise(mixer, x)[b, t, i, s, j] = ∂ y[b, t, i] / ∂ x[b, s, j]         of any mixer, at x
     op_matrix(ops.outer, q, k, v, g): M (B, H, T, T) with y_t = Σ_s M_ts v_s    of ops linear in one argument
+    inner_matrices(mixer, x): the M of every such op that a mixer runs on x
     off_diagonal_ranks(M): the largest rank of a block below the diagonal, and above it
 
 A state of N numbers a value channel gives the blocks below the diagonal at most rank N (semiseparable); two
@@ -13,6 +14,7 @@ Source: Hwang et al. 2024 (Hydra, arXiv:2407.09941) sec. 2; Dao & Gu 2024 (arXiv
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,29 @@ def op_matrix(op: Op, *args: Any, reset: Tensor | None = None, **named: Any) -> 
     y, _ = fold(op.recurrence, tuple(exact.values()), None, None if reset is None else every(reset, T + 1))
     y = y.reshape(B, T + 1, T, H)
     return (y[:, :-1] - y[:, -1:]).permute(0, 3, 2, 1)  # less what is added anyway: a bias
+
+
+@torch.no_grad()
+def inner_matrices(mixer: nn.Module, x: Tensor, reset: Tensor | None = None) -> list[tuple[str, Tensor]]:
+    """(op's name, its matrix) for every op linear in its values that the mixer runs on x, in order of calls.
+
+    Their gates, keys and queries are those of this x. Raises ValueError for a mixer that runs none.
+    """
+    found: list[tuple[str, Tensor]] = []
+    run = Op.__call__
+
+    def watched(op: Op, *args: Any, state=None, reset=None, impl=None, **named: Any):
+        if op.name in LINEAR:
+            found.append((op.name, op_matrix(op, *args, reset=reset, **named)))
+        return run(op, *args, state=state, reset=reset, impl=impl, **named)
+
+    with patch.object(Op, "__call__", watched):
+        mixer(x, None, reset)
+    if not found:
+        raise ValueError(
+            f"{type(mixer).__name__} runs no op that is linear in one argument: {sorted(LINEAR)}"
+        )
+    return found
 
 
 def widened(x: Tensor) -> torch.dtype:

@@ -83,4 +83,37 @@ def loglinear(g: Golden):
     return parameters, None
 
 
-OUTER = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet, loglinear)}
+def xlstm(g: Golden):
+    """Their norms keep their weights less one."""
+    w = g.weights
+    parameters = {
+        "inp.weight": w["proj_up.weight"],
+        "conv.weight": w["conv1d.conv.weight"][:, 0],
+        "conv.bias": w["conv1d.conv.bias"],
+        "qk.weight": torch.stack([w["q_proj.weight"], w["k_proj.weight"]]),
+        "v.weight": w["v_proj.weight"][None],
+        "gate.weight": torch.cat([w["mlstm_cell.igate.weight"], w["mlstm_cell.fgate.weight"]]),
+        "gate.bias": torch.cat([w["mlstm_cell.igate.bias"], w["mlstm_cell.fgate.bias"]]),
+        "norm.weight": 1 + w["mlstm_cell.outnorm.weight"],
+        "skip": w["learnable_skip"],
+        "out.weight": w["proj_down.weight"],
+    }
+    return parameters, None
+
+
+def slstm_block(g: Golden):
+    """Their layer hands fgate's output to the input gate, and igate's to the forget gate."""
+    w, P = g.weights, g.x.shape[-1] // g.args["num_heads"]
+    parameters = {
+        "conv.weight": w["conv1d.conv.weight"][:, 0],
+        "conv.bias": w["conv1d.conv.bias"],
+        "gates.weight": torch.stack([w["fgate.weight"], w["igate.weight"]]),
+        "values.weight": torch.stack([w["zgate.weight"], w["ogate.weight"]]),
+        "R": w["slstm_cell._recurrent_kernel_"].unflatten(1, (4, P)).transpose(0, 1),
+        "c": w["slstm_cell._bias_"].view(4, -1, P),
+        "norm.weight": 1 + w["group_norm.weight"],
+    }
+    return parameters, None
+
+
+OUTER = {f.__name__: f for f in (rwkv6, based, hgrn, gsa, lightnet, loglinear, xlstm, slstm_block)}

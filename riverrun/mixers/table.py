@@ -387,6 +387,15 @@ MIXERS: dict[str, Row] = {
         good="nonlinear state tracking with gates that can be revised",
         bad="parallel training, and holding many values",
     ),
+    "slstm_block": Row(
+        "SLSTMBlock",
+        "2405.04517",
+        op="slstm",
+        small=dict(num_heads=2),
+        golden="slstm_block.safetensors",
+        good="tracking states with few parameters, among blocks of xlstm",
+        bad="mixing channels by itself, and parallel training",
+    ),
     "sse": Row(
         "SSE",
         "2507.16577",
@@ -441,5 +450,14 @@ MIXERS: dict[str, Row] = {
         golden="vssd.safetensors",
         good="pictures: one state that all tokens read, whatever the order of the scan",
         bad="order: but for its convolution, tokens may be permuted",
+    ),
+    "xlstm": Row(
+        "XLSTM",
+        "2405.04517",
+        op="mlstm",
+        small=dict(num_heads=2),
+        golden="xlstm.safetensors",
+        good="language in blocks without an MLP: a wide mLSTM behind a short convolution",
+        bad="speed, against the narrower mlstm",
     ),
 }

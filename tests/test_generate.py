@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,12 @@ def test_temperature_and_penalty_follow_their_equations():
     assert torch.allclose(cold, (logits.double() / 0.5).softmax(-1))
     penalised = distribution(logits, Sampling(repetition_penalty=2.0), [[0, 1, 0]])
     assert torch.allclose(penalised, torch.tensor([[1.0, -2.0, 0.5]]).double().softmax(-1))
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 0), (3, 7), (2**64 - 1, 10**6)])
+def test_a_number_is_philox_at_its_count(seed, count):
+    made = np.random.Generator(np.random.Philox(key=seed, counter=[0, count, 0, 0])).random()
+    assert uniform(seed, count) == made and uniform(seed, count + 1) != made
 
 
 def test_draws_follow_the_distribution_and_never_take_what_was_filtered():

@@ -18,6 +18,7 @@ from riverrun import state as states
 from riverrun.config import override
 from riverrun.data.tokens import Tokenizer
 from riverrun.inference import snapshot
+from riverrun.inference.compiled import Compiled
 from riverrun.inference.decoding import Generation, Limits
 from riverrun.inference.sampling import Sampling
 from riverrun.models import folder as folders
@@ -35,6 +36,7 @@ class Settings(Sampling):
     seed: int | None = None  # none: that of the state file, or 0
     samples: int = 1  # texts for each prompt, with seeds that count up from `seed`
     special: Literal["refuse", "read", "text"] = "refuse"  # what "<|...|>" in a prompt is
+    compile: bool = False  # make machine code of a step first: some seconds, then several times the speed
 
 
 def run(
@@ -51,6 +53,7 @@ def run(
             f"samples={chosen.samples}; it must be at least 1, and 1 when a state is gone on with"
         )
     model, tokenizer = folders.load(folder, device)
+    engine = Compiled(model) if chosen.compile else None
     generation = Generation(
         model,
         tokenizer,
@@ -59,6 +62,7 @@ def run(
         chosen,
         None if resumed and chosen.seed is None else seeds(chosen, max(1, len(prompts))),
         snapshot.load(state, model) if state is not None and resumed else None,
+        engine,
     )
     notes = Console(stderr=True, highlight=False)
     before, begun = sum(s.draws for s in generation.sequences), time.perf_counter()
@@ -132,7 +136,10 @@ def summary(generation: Generation, drawn: int, seconds: float) -> str:
     sequences = generation.sequences
     ends = ", ".join(sorted({s.finished or "Ctrl-C" for s in sequences}))
     size = sum(states.nbytes(s.state) for s in sequences)
+    compiling = generation.engine.seconds if isinstance(generation.engine, Compiled) else 0.0
+    compiled = f"a step was compiled in {compiling:.1f} s; " if compiling else ""
+    seconds -= compiling
     return (
-        f"{drawn:,} tokens in {seconds:.1f} s ({drawn / seconds:,.0f} a second), ended by {ends}; "
+        f"{compiled}{drawn:,} tokens in {seconds:.1f} s ({drawn / seconds:,.0f} a second), ended by {ends}; "
         f"state of {size:,} bytes after {sum(s.read for s in sequences):,} tokens"
     )

@@ -17,10 +17,13 @@ On a GPU a step of a model whose state has a constant size is recorded once for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from riverrun.data.tokens import Tokenizer
 from riverrun.models.language import LanguageModel
@@ -53,12 +56,38 @@ class Limits:
 LIMITS, SAMPLING = Limits(), Sampling()
 
 
+class Running(Protocol):
+    """Steps of one batch: called with tokens (B, 1) it gives logits (B, 1, V), and keeps the state."""
+
+    @property
+    def state(self) -> State: ...
+
+    def __call__(self, tokens: Tensor, /) -> Tensor: ...
+
+
+Engine = Callable[[State], Running]  # what runs the steps from a state on
+
+
+class Plain:
+    """The model's own call, step by step."""
+
+    def __init__(self, model: LanguageModel, state: State):
+        self.model, self.state = model, state
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        logits, self.state = self.model(tokens, self.state)
+        return logits
+
+
 class Generation:
     """A run over some sequences: iterating yields, step by step, a list with each sequence's new text.
 
     prompts   one a sequence, text or token ids; with `resume` they follow what was read, None adds nothing
     seeds     one for all sequences, or one for each; None keeps those of `resume`, and is 0 without it
     resume    sequences to go on with, from an earlier run or from `snapshot.load`; they are not changed
+    engine    how steps are run, such as `compiled.Compiled(model)`; None calls the model. What it makes is
+              made for one batch size, so that sequences which have ended go on being run, unread
 
     Raises ValueError for text that looks like a special token (`Tokenizer.prompt` says what can be done), and
     when prompts, seeds and resumed sequences differ in number. Wherever the loop is left, `sequences` are
@@ -74,9 +103,10 @@ class Generation:
         sampling: Sampling = SAMPLING,
         seeds: int | Sequence[int] | None = None,
         resume: Sequence[Stream] | None = None,
+        engine: Engine | None = None,
     ):
         self.model, self.tokenizer, self.limits, self.sampling = model, tokenizer, limits, sampling
-        self.device = next(model.parameters()).device
+        self.device, self.engine = next(model.parameters()).device, engine
         tokens = (
             None if prompts is None else [tokenizer.prompt(p) if isinstance(p, str) else p for p in prompts]
         )
@@ -88,8 +118,9 @@ class Generation:
             raise ValueError(
                 f"graph = True, but {why_not}; leave it out to run such a model's steps one by one"
             )
-        self.recorded = why_not is None if limits.graph is None else limits.graph
-        self.replay: Replay | None = None
+        self.recorded = engine is None and (why_not is None if limits.graph is None else limits.graph)
+        if self.recorded:
+            self.engine = partial(Replay, model)
 
     def __iter__(self) -> Iterator[list[str]]:
         for s in self.sequences:
@@ -138,39 +169,34 @@ class Generation:
                 yield
 
     @torch.no_grad()
-    def _step(self, rows: list[Stream], state: State) -> tuple[list[int], State]:
-        """A token drawn for each sequence, and the state that has read the tokens before these."""
-        tokens = torch.tensor([s.pending for s in rows], device=self.device)
-        if not self.recorded:
-            logits, state = self.model(tokens, state)
-        else:
-            if self.replay is None or self.replay.state is not state:  # other sequences than before
-                self.replay = Replay(self.model, state)
-            logits = self.replay(tokens)
-            state = self.replay.state
+    def _draw(self, rows: list[Stream], running: Running) -> list[int]:
+        """A token drawn for each sequence, after the tokens before these have been read."""
+        logits = running(torch.tensor([s.pending for s in rows], device=self.device))
         p = distribution(logits[:, -1], self.sampling, [s.recent for s in rows])
-        return draw(p, [uniform(s.seed, s.draws) for s in rows]), state
+        return draw(p, [uniform(s.seed, s.draws) for s in rows])
 
     def _write(self, rows: list[Stream]) -> Iterator[list[str]]:
         """Draw tokens for sequences that run together, until each is finished."""
         index = {id(s): i for i, s in enumerate(self.sequences)}
-        state = join(rows)
+        start = self.engine or partial(Plain, self.model)
+        running, live = start(join(rows)), set(range(len(rows)))
         try:
             for left in reversed(range(self.limits.max_tokens)):
-                tokens, state = self._step(rows, state)
-                texts = [""] * len(self.sequences)
-                for s, token in zip(rows, tokens, strict=True):
-                    texts[index[id(s)]] = self._take(s, token, last=left == 0)
-                if any(s.finished for s in rows):
-                    settle(rows, state)
-                    rows = [s for s in rows if not s.finished]
-                    state = join(rows) if rows else None
+                tokens, texts = self._draw(rows, running), [""] * len(self.sequences)
+                for i in live:
+                    texts[index[id(rows[i])]] = self._take(rows[i], tokens[i], last=left == 0)
+                if ended := {i for i in live if rows[i].finished}:
+                    settle(rows, running.state, ended)
+                    live -= ended
+                    if live and self.engine is None:
+                        settle(rows, running.state, live)
+                        rows = [rows[i] for i in sorted(live)]
+                        running, live = start(join(rows)), set(range(len(rows)))
                 yield texts
-                if not rows:
+                if not live:
                     return
         finally:
-            settle(rows, state)
-            self.replay = None
+            settle(rows, running.state, live)
 
     def _take(self, s: Stream, token: int, last: bool) -> str:
         """Note a drawn token; the text that goes out with it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -98,7 +98,7 @@ def join(streams: list[Stream]) -> State:
     return tree_map(lambda *x: torch.cat(x), first, *rest) if rest else first
 
 
-def settle(streams: list[Stream], state: State) -> None:
-    """Give each sequence its part of a batch's state, in memory of its own."""
-    for i, s in enumerate(streams):
-        s.state = select(state, [i])
+def settle(streams: list[Stream], state: State, which: Iterable[int] | None = None) -> None:
+    """Give sequences, all or some, their parts of a batch's state, in memory of their own."""
+    for i in range(len(streams)) if which is None else which:
+        streams[i].state = select(state, [i])

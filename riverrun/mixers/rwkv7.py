@@ -8,8 +8,9 @@
 c = 1, unless the eigenvalues of the transition shall fill [-1, 1]. They are those of diag(w) - c u uᵀ, where
 u = √a ⊙ κ is no longer than one, so none is below min w - c, and w ≥ e^{-e^{-1/2}} = 0.545: c = 1 has
 negative ones already, down to -0.455; 1.545 is the largest c for which none leaves [-1, 1].
-Source: Peng et al. 2025 (arXiv:2503.14456) sec. 4. This is the paper's first layer: later ones also mix the
-first layer's v into theirs, which a mixer, seeing its own input only, cannot do.
+Source: Peng et al. 2025 (arXiv:2503.14456) sec. 4. This is the paper's first layer. Later ones take
+v + (v_1 - v) ⊙ σ(c_v + U V x^v) for v, where v_1 is the first layer's. A mixer sees its own input only, so
+`riverrun.models.rwkv7` gives those layers a `value_rank` and calls `in_stack`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class RWKV7(nn.Module):
         rate_rank: int = 64,
         gate_rank: int = 128,
         negative_eigenvalues: bool = False,
+        value_rank: int | None = None,
     ):
         super().__init__()
         K = head_width(width, num_heads)
@@ -48,6 +50,7 @@ class RWKV7(nn.Module):
         self.decay = LowRank(width, decay_rank, width, torch.tanh, bias=6 * ramp.sqrt() - 5.5)
         self.rate = LowRank(width, rate_rank, width, bias=torch.zeros(width))
         self.gate = LowRank(width, gate_rank, width, torch.sigmoid)
+        self.value = None if value_rank is None else LowRank(width, value_rank, width, bias=torch.ones(width))
         self.removal = nn.Parameter(torch.full((width,), 0.85))  # ξ
         self.replacement = nn.Parameter(torch.ones(width))  # α
         self.bonus = nn.Parameter(torch.full((num_heads, K), 0.1))  # ρ
@@ -57,12 +60,27 @@ class RWKV7(nn.Module):
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.in_stack(x, state, reset)[:2]
+
+    def in_stack(
+        self,
+        x: Tensor,
+        state: tuple[Tensor, Tensor] | None,
+        reset: Tensor | None,
+        first: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """y, the state, and v (B, T, width), which is `first` for the later layers of a stack."""
+        if (self.value is None) != (first is None):
+            raise ValueError("RWKV7: the first layer's v is for layers with a value_rank, and they need it")
         S, last = carried(self, x, state, reset, 2)
         H, last = self.num_heads, fitting(self, last, x.shape[0], self.width)
         xr, xw, xk, xv, xa, xg = torch.addcmul(
             x[..., None, :], (previous(x, last, reset) - x)[..., None, :], self.mix
         ).unbind(-2)
         r, k, v = self.r(xr), self.k(xk), self.v(xv)
+        if self.value is not None and first is not None:
+            v = torch.lerp(v, first, self.value(xv).sigmoid())
+        values = v
         g = -math.exp(-0.5) * wide(self.decay(xw)).sigmoid()
         a = self.rate(xa).sigmoid()
         kappa = unit(heads(k * self.removal, H))
@@ -71,4 +89,4 @@ class RWKV7(nn.Module):
         y, S = ops.dplr(r, k, v, g, -self.strength * a * kappa, kappa, state=S, reset=reset)
         bonus = (r * k * self.bonus).sum(-1, keepdim=True) * v
         y = (self.norm(y) + bonus.flatten(2)) * self.gate(xg)
-        return self.out(y), (S, x[:, -1])
+        return self.out(y), (S, x[:, -1]), values

@@ -229,12 +229,12 @@ def test_hgrn_turns_and_leaks():
     with torch.no_grad():
         p = mixer.inp(x[0])
         c = torch.nn.functional.silu(p[:, : 2 * WIDTH])
-        c = torch.complex(c[:, :WIDTH], c[:, WIDTH:])
+        c = torch.complex(c[:, ::2], c[:, 1::2])
         f, z = 0.2 + 0.8 / (1 + torch.exp(-p[:, 2 * WIDTH : 3 * WIDTH])), p[:, 3 * WIDTH :]
         h, ys = torch.zeros(WIDTH, dtype=torch.complex128), []
         for t in range(23):
             h = f[t] * torch.exp(1j * mixer.angle) * h + (1 - f[t]) * c[t]
-            ys.append(torch.cat([h.real, h.imag]))
+            ys.append(torch.stack([h.real, h.imag], 1).flatten())
         y = torch.stack(ys)
         y = mixer.norm.weight * y / torch.sqrt((y**2).mean(-1, keepdim=True) + 1e-6)
         close(mixer(x)[0][0], (y * z / (1 + torch.exp(-z))) @ mixer.out.weight.T, "y")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, carried, fitting, wide
+from riverrun.nn import GatedRMSNorm, carried, fitting, heads, wide
 
 
 class HGRN(nn.Module):
@@ -31,7 +31,7 @@ class HGRN(nn.Module):
         parts = 2 if rotate else 1
         self.width, self.lower_bound = width, lower_bound
         self.sizes = (parts * width, width, parts * width)
-        self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [(Re c, Im c), λ, z]
+        self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [c as pairs (Re, Im), λ, z]
         self.angle = nn.Parameter(1e4 ** (-2 * torch.arange(width) / width)) if rotate else None  # θ
         self.norm = GatedRMSNorm(parts * width, eps=eps)
         self.out = nn.Linear(parts * width, width, bias=False)
@@ -47,9 +47,13 @@ class HGRN(nn.Module):
             h, state = ops.diagonal(keep, write * c, state=state, reset=reset)
             return self.out(self.norm(h.to(x.dtype), z)), state
         state = fitting(self, state, x.shape[0], self.width, 2)
-        decay = torch.polar(keep, wide(self.angle).expand_as(keep))
-        drive = torch.complex(*c.chunk(2, -1)) * write
-        past = None if state is None else torch.view_as_complex(state)
-        h, last = ops.diagonal(decay, drive, state=past, reset=reset)
-        y = torch.cat([h.real, h.imag], -1).to(x.dtype)
+        angle = wide(self.angle)
+        turn = torch.stack([angle.cos(), angle.sin()], -1)
+        h, last = ops.diagonal(
+            torch.view_as_complex(keep[..., None] * turn),
+            torch.view_as_complex(write[..., None] * heads(c, self.width)),
+            state=None if state is None else torch.view_as_complex(state),
+            reset=reset,
+        )
+        y = torch.view_as_real(h).flatten(-2).to(x.dtype)
         return self.out(self.norm(y, z)), torch.view_as_real(last)

@@ -132,6 +132,7 @@ MIXERS: dict[str, Row] = {
         golden="hgrn.safetensors",
         good="long memory with a vector for a state: its floor keeps upper layers from forgetting",
         bad="recall: one number a channel",
+        slow="its matrices and gates, two numbers a channel, outweigh a scan",
     ),
     "hgrn2": Row(
         "HGRN2",
@@ -161,11 +162,12 @@ MIXERS: dict[str, Row] = {
         small=dict(num_heads=2, feature_width=3, prefix=6),
         breaks=dict.fromkeys(
             ("causality", "split", "decode"),
-            "inside the prefix a token sees those after it, if they come in the same call; beyond it the law holds",
+            "inside the prefix a token sees what comes after it in the same call; beyond it the law holds",
         ),
-        golden=BY_EQUATION + "the authors' package needs CUDA to install",
-        good="recall from a document read before the question: it chooses what to keep with the whole in view",
+        golden=BY_EQUATION + "the authors' layer is part of their training code, not of a package",
+        good="recall from a document: it chooses what to keep with the whole prefix in view",
         bad="text without a prompt, and training by the next token alone: the prefix needs another loss",
+        slow="the prefix has keys and values of its own, and a second sum",
     ),
     "kda": Row(
         "KDA",
@@ -205,6 +207,7 @@ MIXERS: dict[str, Row] = {
         golden="lightnet.safetensors",
         good="weighing all of the past by content alone, and pictures in one scan (lightnet_grid)",
         bad="long streams: each new token counts for less and less",
+        slow="running sums in logarithms, and keys doubled by their positions",
     ),
     "lightnet_grid": Row(
         "LightNetGrid",
@@ -214,7 +217,7 @@ MIXERS: dict[str, Row] = {
         state="none",
         small=dict(num_heads=2, rank=4, tpe=True, sizes=(5,)),
         compiles=False,  # with resets and tpe: how many grids are packed is data
-        golden=BY_EQUATION + "the authors' repository is not to be had, and other code has the causal form only",
+        golden=BY_EQUATION + "of independent code only the causal form was found",
         good="grids of any number of axes in one scan: each token reads all others",
         bad="anything that has to be continued, and fine local detail",
     ),
@@ -349,6 +352,7 @@ MIXERS: dict[str, Row] = {
         golden="rwkv6.safetensors",
         good="language by sums: each key forgets at a rate the input chooses",
         bad="overwriting: a key's old value can only fade",
+        slow="five token shifts that read the input, and five full matrices",
     ),
     "rwkv7": Row(
         "RWKV7",

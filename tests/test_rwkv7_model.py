@@ -46,7 +46,7 @@ def published():
     parameters = {"embedding.weight": w["model.embeddings.weight"], "head.weight": w["lm_head.weight"]}
     for ours, theirs in (("first_norm", "layers.0.pre_norm"), ("norm", "norm")):
         parameters |= {f"{ours}.{part}": w[f"model.{theirs}.{part}"] for part in ("weight", "bias")}
-    for i in range(2):
+    for i in range(g.args["depth"]):
         own, state = layer(g, i)
         parameters |= {f"blocks.{i}.{name}": x for name, x in own.items()}
         states.append(state)

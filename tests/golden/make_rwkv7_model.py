@@ -1,4 +1,4 @@
-"""Golden numbers of a whole RWKV-7 of two layers from rwkv7-hf, in float32 on the CPU.
+"""Golden numbers of a whole RWKV-7 of three layers from rwkv7-hf, in float32 on the CPU.
 
 python tests/golden/make_rwkv7_model.py   # pip install rwkv7-hf==0.9.0 transformers==5.23.0, torch 2.13.0
 """
@@ -18,7 +18,7 @@ VOCABULARY, WIDTH, STEPS, HEADS, INNER = 20, 16, 40, 2, 24
 def main() -> None:
     torch.manual_seed(0)
     config = RWKV7Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=3,
         intermediate_size=INNER, decay_low_rank_dim=5, a_low_rank_dim=5, v_low_rank_dim=3,
         gate_low_rank_dim=7,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def main() -> None:
         found = model(tokens, use_cache=True)
     cache = found.past_key_values
     state = {}
-    for i in range(2):
+    for i in range(3):
         state |= {
             f"{i}.S": cache.recurrent_state[i],
             f"{i}.last": cache.attention_shift[i],
@@ -45,7 +45,7 @@ def main() -> None:
         }
     path = Path(__file__).parent / "models" / "rwkv7.safetensors"
     args = dict(
-        vocabulary=VOCABULARY, width=WIDTH, depth=2, num_heads=HEADS, inner=INNER, decay_rank=5, rate_rank=5,
+        vocabulary=VOCABULARY, width=WIDTH, depth=3, num_heads=HEADS, inner=INNER, decay_rank=5, rate_rank=5,
         value_rank=3, gate_rank=7,
     )  # fmt: skip
     weights = dict(model.named_parameters())

@@ -1,11 +1,16 @@
 """What the papers of the outer-product mixers state as equalities."""
 
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from riverrun import ops
 from riverrun.inference.prompt import reread
 from riverrun.mixers import build
+from riverrun.models.language import LanguageModel
 from riverrun.nn.axes import lrpe, places
 from riverrun.nn.fenwick import fenwick
 from riverrun.nn.taylor import taylor
@@ -49,6 +54,14 @@ def test_a_window_as_long_as_the_text_is_attention():
         close(near(x)[0], attention(x)[0], f"window {window}")
     near.window = 20
     assert not torch.allclose(near(x)[0], attention(x)[0])
+
+
+def test_the_recipe_is_the_hybrid():
+    config = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "based.py"))["config"]().model
+    model = LanguageModel(replace(config, vocabulary=50, width=16))
+    kinds = [type(block.mixer).__name__ for block in model.blocks]
+    assert kinds == ["Based", "SlidingWindow"] * 2
+    assert model(torch.zeros(1, 3, dtype=torch.long))[0].shape == (1, 3, 50)
 
 
 # JRT-RNN
@@ -215,11 +228,6 @@ def test_a_document_longer_than_the_tree_begins_another():
         close(y[:, t : t + 16], again[:, :16], f"from {t}")
 
 
-def test_tree_sizes_that_mean_nothing():
-    with pytest.raises(ValueError, match="accepted are 2 to 32"):
-        build("loglinear", WIDTH, num_levels=1)
-
-
 # HGRN
 
 
@@ -238,3 +246,18 @@ def test_hgrn_turns_and_leaks():
         y = torch.stack(ys)
         y = mixer.norm.weight * y / torch.sqrt((y**2).mean(-1, keepdim=True) + 1e-6)
         close(mixer(x)[0][0], (y * z / (1 + torch.exp(-z))) @ mixer.out.weight.T, "y")
+
+
+@pytest.mark.parametrize(
+    "name, args, match",
+    [
+        ("hgrn", dict(lower_bound=1.0), "0 ≤ lower_bound < 1"),
+        ("jrt", dict(prefix=-1), "prefix = -1"),
+        ("lightnet_grid", dict(sizes=(0,)), "numbers ≥ 1"),
+        ("loglinear", dict(num_levels=1), "accepted are 2 to 32"),
+        ("xlstm", dict(block=5), "block = 5 does not divide"),
+    ],
+)
+def test_arguments_that_mean_nothing(name, args, match):
+    with pytest.raises(ValueError, match=match):
+        build(name, WIDTH, **args)

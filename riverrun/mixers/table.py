@@ -334,6 +334,7 @@ MIXERS: dict[str, Row] = {
         compiles=False,  # unless masked: how many tokens a memory gets is data,
         good="recall: tokens that would disturb each other go to memories of their own",
         bad="speed: tokens are sorted into their memories, and out again",
+        slow="what a token tells k memories takes k maps, and it is moved into their rows and out again",
     ),
     "retnet": Row(
         "RetNet",
@@ -371,6 +372,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the exponential of the whole matrix, conjugates included",
         good="continuous signals and very long ranges",
         bad="selecting by content: its dynamics are fixed",
+        slow="its op is a multiply-add for each state; the maps in, out and of the gate are dense",
     ),
     "sliding_window": Row(
         "SlidingWindow",

@@ -16,7 +16,7 @@ def rms(u, weight, eps=1e-6):
 
 
 def jrt(m, x):
-    """Arora et al. 2024 (2407.05483) eq. 5: all pairs, 1 + s + s²/2 for the exponential."""
+    """Arora et al. 2024 (2407.05483): all pairs, 1 + s + s²/2 for the exponential."""
     H, T = m.num_heads, len(x)
     q, k, v, ke, ve = ((x @ m.inp.weight.T).split(m.sizes, 1)[i].view(T, H, -1) for i in range(5))
     d = q.shape[-1]

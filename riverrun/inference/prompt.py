@@ -8,7 +8,7 @@ def reread(context: str, question: str, times: int = 2) -> str:
 
     A recurrent model chooses what to keep while it reads; at the second reading it knows what for. `times=1`
     is the plain prompt, context and question, without the question before it. Source: Arora et al. 2024
-    (JRT-Prompt, arXiv:2407.05483) sec. 3, in the order of its evaluation code. Raises ValueError below 1.
+    (JRT-Prompt, arXiv:2407.05483), in the order of its evaluation code. Raises ValueError below 1.
     """
     if times < 1:
         raise ValueError(f"times = {times}; a context is read at least once")

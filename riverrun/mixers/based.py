@@ -4,8 +4,8 @@
     S_t = S_{t-1} + φ(k_t) [v_t, 1]ᵀ    [a_t, c_t] = S_tᵀ φ(q_t)    y = W_o (a_t / c_t)
 
 Every term of c_t is ((s + 1)² + 1) / 2 ≥ 1/2, so the normaliser needs no eps.
-Source: Arora et al. 2024 (arXiv:2402.18668) sec. 4 and eq. 1. The paper's model alternates it with attention
-in a window of 64 or 128 and with gated convolutions: in a pattern, "based + sliding_window".
+Source: Arora et al. 2024 (arXiv:2402.18668) sec. 4, and its code. The paper's model alternates it with
+attention in a window of 64 or 128 and with gated convolutions: in a pattern, "based + sliding_window".
 """
 
 from __future__ import annotations

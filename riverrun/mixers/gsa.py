@@ -6,7 +6,7 @@
 
 V is read by slots, which are its keys: the op `outer`. K is read by what its slots hold, which is the op
 `selective` with dt = -g, A = -1 and input s / dt, one (batch, head) a sequence.
-Source: Zhang et al. 2024 (arXiv:2409.07146) sec. 3.2 and eq. 8, with its 64 slots and τ = 8.
+Source: Zhang et al. 2024 (arXiv:2409.07146), with 64 slots and τ = 8; the layer as in flash-linear-attention.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 All t read all of E, those of the prefix, t ≤ M, too: what stands there sees later tokens of the prefix. It
 has no next-token loss in the paper, which masks words there instead. Nothing sees later tokens beyond M.
-Source: Arora et al. 2024 (arXiv:2407.05483) sec. 4, eq. 5, and its code. The state is E + S, one matrix.
+Source: Arora et al. 2024 (arXiv:2407.05483), and its code. The state is E + S, one matrix.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 Nothing is forgotten by distance: S_t is Σ_s softmax_s(k_s) v_sᵀ over s ≤ t. f_t = σ(z_{t-1} - k_t), without
 cancellation. With `base`, q and k carry their positions (LRPE), which doubles K; with `tpe`, leaky sums of x
 are added to it first, which the paper does once, before its first layer.
-Source: Qin et al. 2024 (arXiv:2405.21022) sec. 3; the layer as in flash-linear-attention.
+Source: Qin et al. 2024 (arXiv:2405.21022); the layer as in flash-linear-attention.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 A sum needs no order, so one pass serves any number of axes: pictures, videos, volumes. What order there is
 comes from positions: LRPE in q and k with `base`, leaky sums of x along the axes with `tpe`. Permuting tokens
 together with their places permutes y.
-Source: Qin et al. 2024 (arXiv:2405.21022) sec. 3, the form that sees both ways.
+Source: Qin et al. 2024 (arXiv:2405.21022), the form that sees both ways.
 """
 
 from __future__ import annotations

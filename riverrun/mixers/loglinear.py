@@ -7,7 +7,7 @@
 
 level(t, s) is the number of bits of t XOR s: 0 for the token itself, one more when the distance doubles.
 With λ = 1 it is Mamba-2. Time and memory grow with the number of levels, of which T tokens use log T.
-Source: Guo et al. 2025 (arXiv:2506.04761) sec. 3.1-3.4; the layer as in flash-linear-attention.
+Source: Guo et al. 2025 (arXiv:2506.04761); the layer as in flash-linear-attention.
 """
 
 from __future__ import annotations

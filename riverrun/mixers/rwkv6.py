@@ -5,7 +5,7 @@
     y_t = (S_{t-1} + (u ⊙ k_t) v_tᵀ)ᵀ r_t    S_t = diag(w_t) S_{t-1} + k_t v_tᵀ
     out = W_o (norm(y) ⊙ silu(g))
 
-Source: Peng et al. 2024 (arXiv:2404.05892) sec. 4.2, eq. 14-20 and the ranks of its smaller models.
+Source: Peng et al. 2024 (arXiv:2404.05892) sec. 4, with the ranks of its smaller models' code.
 """
 
 from __future__ import annotations

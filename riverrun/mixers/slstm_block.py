@@ -5,7 +5,7 @@
 
 There is no output matrix: the gated MLP that a model puts after every mixer is the block's own widening, 4/3
 of the width in the paper. `slstm` is the plain layer, with full matrices before and after.
-Source: Beck et al. 2024 (arXiv:2405.04517) fig. 10 and sec. 2.4.
+Source: Beck et al. 2024 (arXiv:2405.04517) fig. 10, and its code.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     y = W_o ((norm(h) + s ⊙ c) ⊙ silu(z)), s a learned skip
 
 `mlstm` is the narrower layer of the later xLSTM 7B. Here inner states are wider than the model, and K = V.
-Source: Beck et al. 2024 (arXiv:2405.04517) fig. 11 and sec. 2.4.
+Source: Beck et al. 2024 (arXiv:2405.04517) fig. 11, and its code.
 """
 
 from __future__ import annotations

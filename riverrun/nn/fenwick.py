@@ -20,7 +20,7 @@ def fenwick(
     Level 0 is the token itself. Level l ≥ 1 cuts a document into blocks of 2^{l-1} tokens; those of even
     number write, those of odd number read the block before: the op `outer`, one (batch, level) a sequence,
     cleared where an even block begins. So each level's memory is one matrix, and the tree starts again after
-    2^{L-1} tokens. Source: Guo et al. 2025 (arXiv:2506.04761) sec. 3.1-3.2.
+    2^{L-1} tokens. Source: Guo et al. 2025 (arXiv:2506.04761), and its code.
     """
     (B, T, H, L), device = weight.shape, v.device
     # before there is a state, levels whose first block is not yet full all hold the same

@@ -9,7 +9,7 @@ from torch import Tensor
 def taylor(u: Tensor) -> Tensor:
     """φ(u) (..., 1 + d + d (d + 1) / 2) for u (..., d): φ(q)ᵀφ(k) = 1 + s + s²/2 with s = qᵀk / sqrt(d).
 
-    Arora et al. 2024 (Based, arXiv:2402.18668) sec. 4.1, with each product u_i u_j, i < j, once and not
+    Arora et al. 2024 (Based, arXiv:2402.18668) sec. 4, with each product u_i u_j, i < j, once and not
     twice. Entries are picked by products with 0/1 matrices, whose gradients need no atomic additions.
     """
     d = u.shape[-1]

@@ -170,7 +170,7 @@ def test_one_step_with_gradients(form):
 )
 def test_long_chunks(form, monkeypatch):
     """The chunk length of bfloat16, in numbers that the interpreter multiplies exactly."""
-    monkeypatch.setattr(memory, "length", lambda bf16: 64)
+    monkeypatch.setattr(memory, "length", lambda bf16, inline: 64)
     compare(form, T=130)
 
 
@@ -181,6 +181,27 @@ def test_long_chunks(form, monkeypatch):
 @pytest.mark.parametrize("width", [16, 64, 128])
 def test_half(form, width):
     compare(form, dtype=torch.bfloat16, bound=2e-2, T=130, K=width, V=width)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("width", [64, 128])
+def test_half_reset(form, width):
+    compare(form, dtype=torch.bfloat16, bound=2e-2, T=300, K=width, V=width, reset=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
+@pytest.mark.parametrize("form", ["outer-head", "outer-key", "mlstm", "delta-head", "delta-key", "dplr"])
+@pytest.mark.parametrize("reset", [False, True])
+def test_half_parts(form, reset, monkeypatch):
+    monkeypatch.setattr(memory.Inputs, "parts", property(lambda self: 3))
+    compare(form, dtype=torch.bfloat16, bound=2e-2, T=450, K=64, V=64, reset=reset)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
+@pytest.mark.parametrize("form", ["outer-key", "delta-key", "dplr"])
+def test_half_strong_decay(form):
+    compare(form, dtype=torch.bfloat16, bound=2e-2, T=130, K=64, V=64, strength=300.0)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="slow, and shared memory is what is tested")

@@ -7,8 +7,9 @@ must be split between the two operands of a matrix product, so that neither part
 
     Σ_k x_ik y_jk e^{G_ik - G_jk} = (x_i ⊙ e^{G_i - G_r}) · (y_j ⊙ e^{G_r - G_j})
 
-A tile whose decays over the whole chunk stay above e^-60 ("mild") takes r = C: the left part is at most e^60,
-far from float32's end at e^88, the right at most 1. Any other takes the pairs of each level l = 0, 1, … of a
+A chunk whose decays over all its steps stay above e^-60 ("mild") takes r = C: the left part is at most e^60,
+far from float32's end at e^88, the right at most 1. A launch treats all as mild, a second one (STRONG) takes
+up the others; in those the pairs of each level l = 0, 1, … of a
 dyadic hierarchy apart: pairs whose steps fall into the two halves of one block of 2^{l+1} steps, with r the
 last step of the first half, j ≤ r < i, so that both exponents are ≤ 0 however strong the decay. Every pair
 belongs to exactly one level; a step reads in a level or is read, never both, so one factor tile serves both.
@@ -30,7 +31,7 @@ def LEVELS(C):
     return C.bit_length() - 1
 
 
-MILD = tl.constexpr(-60.0)  # a chunk's log-decay down to which one product holds it
+LEAST = tl.constexpr(8.75651076269652e-27)  # e^-60: a chunk's decay down to which one product holds it
 
 
 @triton.jit
@@ -112,30 +113,24 @@ def rates(G, lw, seg, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.cons
 
 @triton.jit
 def weigh(
-    pair,
-    G,
-    lw,
-    seg,
-    start,
-    T,
-    H: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
+    pair, G, lw, seg, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-):
-    """q kᵀ (or k qᵀ) with decays per head and write weights, where the pair is seen, itself included."""
+):  # fmt: skip
+    """q kᵀ (or k qᵀ) with decays per head and write weights, where the pair is seen; with itself unless
+    SHIFT."""
     i = tl.arange(0, C)
-    see = i[:, None] <= i[None, :] if TRANSPOSED else i[:, None] >= i[None, :]
+    read, write = (i[None, :], i[:, None]) if TRANSPOSED else (i[:, None], i[None, :])
+    see = read >= write + SHIFT
     if seg is not None:
         number, before, final = segments(seg, start, T, C)
         see = see & (number[:, None] == number[None, :])
     gap = tl.zeros((C, C), tl.float32)
     if DECAY == 1:
-        Gi = decays(G, start, T, i, H)
-        gap = Gi[None, :] - Gi[:, None] if TRANSPOSED else Gi[:, None] - Gi[None, :]
+        Gi, Gq = decays(G, start, T, i, H), decays(G, start, T, i - SHIFT, H)
+        gap = Gq[None, :] - Gi[:, None] if TRANSPOSED else Gq[:, None] - Gi[None, :]
     if lw is not None:
-        write = vector(lw, start, T, H, C)
-        gap += write[:, None] if TRANSPOSED else write[None, :]
+        weight = vector(lw, start, T, H, C)
+        gap += weight[:, None] if TRANSPOSED else weight[None, :]
     return pair * tl.exp(tl.where(see, gap, float("-inf")))
 
 
@@ -152,19 +147,6 @@ def put_block(x, value, n, rows, cols, wanted, ROWS: tl.constexpr, COLS: tl.cons
     """The inverse of `block`, if wanted."""
     inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :] & wanted
     tl.store(x + (n * ROWS + rows[:, None]) * COLS + cols[None, :], value.to(x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def put_column(x, value, n, rows, wanted, ROWS: tl.constexpr):
-    """The n-th row of x (·, ROWS) from the first column of a narrow tile, whose others are zero."""
-    tl.store(x + n * ROWS + rows, tl.sum(value, 1), mask=(rows < ROWS) & wanted)
-
-
-@triton.jit
-def column(x, n, rows, ROWS: tl.constexpr):
-    """The inverse of `put_column`: a tile of 32 columns, because the tensor cores take no vectors."""
-    first = tl.where(tl.arange(0, 32) == 0, 1.0, 0.0)[None, :]
-    return tl.load(x + n * ROWS + rows, mask=rows < ROWS, other=0.0)[:, None] * first
 
 
 @triton.jit
@@ -228,127 +210,144 @@ def square(x, n, C: tl.constexpr):
 
 
 @triton.jit
-def pairs(
-    q, k, a, b, u, beta, g, G, seg, A, Aa, Lk, W, q_in, k_in, k_out, b_in, a_out, ends, T,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    RULE: tl.constexpr, DECAY: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+def heads(x, batch, T, h, start, cols, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """The tile of x (B, T, H / R, K) that head h uses, in float32."""
+    GH: tl.constexpr = H // R
+    return tile(x + (batch * T * GH + h // R) * K, start, T, cols, K, GH * K, C).to(tl.float32)
+
+
+@triton.jit
+def operand(
+    x, faded, over, batch, T, h, start, cols,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, READER: tl.constexpr,
 ):  # fmt: skip
-    """What of one chunk and head does not depend on v or the state; see `memory.py` for the rules. Grid
-    (chunks, B·H).
+    """x as it meets pairs in a product: with its factor if decays are per key and mild. `faded` are anchored
+    at the chunk's start for readers, from where `over` moves them to its end."""
+    if faded is None:
+        return heads(x, batch, T, h, start, cols, H, R, K, C)
+    else:
+        z = heads(faded, batch, T, h, start, cols, H, 1, K, C)
+        return z * over[None, :] if READER else z
+
+
+@triton.jit
+def fading(
+    q, k, a, b, g, q_in, k_out, b_in, a_out, sums, ends, T,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr,
+    SHIFT: tl.constexpr,
+):  # fmt: skip
+    """With decays per key, the tiles that meet the state, decays multiplied in. Grid (key blocks, chunks, B·H).
+
+    *_in is for what reads the state before the chunk (b_in is k's for delta, which has no b), *_out for what
+    is written to the one after it; ends = e^{G_C} (B·H, chunks, K); sums = G, if wanted.
+    """
+    n, bh = tl.program_id(1), tl.program_id(2)
+    batch, h = (bh // H).to(tl.int64), bh % H
+    start, N = batch * 0 + n * C, bh.to(tl.int64) * tl.num_programs(1) + n
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
+    wide = (batch * T * H + h) * K
+    g_ = tile(g + wide, start, T, cols, K, H * K, C).to(tl.float32)
+    G, last = tl.cumsum(g_, 0), tl.sum(g_, 0)
+    tl.store(ends + N * K + cols, tl.exp(last), mask=cols < K)
+    if sums is not None:
+        put(sums + wide, G, start, T, cols, K, H * K, C)
+    read, write = tl.exp(G), tl.exp(last[None, :] - G)
+    early = read
+    if SHIFT == 1 or RULE == "dplr":
+        early = tl.exp(tl.cumsum(shifted(g + wide, start, T, cols, K, H * K, C), 0))
+    q_ = heads(q, batch, T, h, start, cols, H, R, K, C)
+    put(q_in + wide, q_ * (early if SHIFT == 1 else read), start, T, cols, K, H * K, C)
+    k_ = heads(k, batch, T, h, start, cols, H, R, K, C)
+    put(k_out + wide, k_ * write, start, T, cols, K, H * K, C)
+    if RULE == "delta":
+        put(b_in + wide, k_ * read, start, T, cols, K, H * K, C)
+    if RULE == "dplr":
+        put(b_in + wide, heads(b, batch, T, h, start, cols, H, 1, K, C) * early, start, T, cols, K, H * K, C)
+        put(a_out + wide, heads(a, batch, T, h, start, cols, H, 1, K, C) * write, start, T, cols, K, H * K, C)
+
+
+@triton.jit
+def pairs(
+    q, k, a, b, q_in, k_out, b_in, a_out, u, beta, g, G, seg, A, Aa, Lk, W, ends, T,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ALL: tl.constexpr, C: tl.constexpr,
+    RULE: tl.constexpr, DECAY: tl.constexpr, STRONG: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """The matrices of one chunk and head; see `memory.py` for the rules. Grid (chunks, B·H).
 
     outer   A  = q kᵀ (j ≤ i; with a bonus j < i, and u on the diagonal)
     delta   A  = q kᵀ,    W = (I + tril(k kᵀ, -1) β)^{-1}
     dplr    A  = q kᵀ,    Aa = q aᵀ,    Lk = tril(b kᵀ, -1),    W = (I - tril(b aᵀ, -1))^{-1}
 
-    and with decays per key the tiles that meet the state, decays multiplied in: *_in for what reads the state
-    before the chunk, *_out for what is written to the one after it, ends = e^{G_C} (B·H, chunks, K). A may be
-    None: only those.
+    With decays per key from what `fading` made (*_in, *_out), as if all chunks were mild; STRONG makes those
+    that are not again, without it.
     """
     n, bh = tl.program_id(0), tl.program_id(1)
     batch, h = (bh // H).to(tl.int64), bh % H
-    GH: tl.constexpr = H // R
-    WIDE: tl.constexpr = H * K
-    start = n.to(tl.int64) * C
+    start, N = batch * 0 + n * C, bh.to(tl.int64) * tl.num_programs(0) + n
     i = tl.arange(0, C)
-    N = bh.to(tl.int64) * tl.num_programs(0) + n
-    qk = (batch * T * GH + h // R) * K
-    wide = (batch * T * H + h) * K
+    if STRONG:
+        every = tl.arange(0, ALL)
+        if tl.min(tl.load(ends + N * K + every, mask=every < K, other=1.0), 0) > LEAST:
+            return
     A_ = tl.zeros((C, C), tl.float32)
     X_, Y_, Z_ = A_, A_, A_
     diagonal, diagonal_a = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     SHIFT: tl.constexpr = 1 if u is not None else 0  # a bonus reads before the step's own decay
-    EARLY: tl.constexpr = SHIFT == 1 or RULE == "dplr"
-    strict = i[:, None] > i[None, :]
     for j in range(0, K, BK):
         cols = j + tl.arange(0, BK)
-        q_, k_ = tile(q + qk, start, T, cols, K, GH * K, C), tile(k + qk, start, T, cols, K, GH * K, C)
-        qf, kf = q_.to(tl.float32), k_.to(tl.float32)
-        af, bf = qf, kf
+        over = tl.full((BK,), 1.0, tl.float32)
+        if q_in is not None:
+            over = 1.0 / tl.load(ends + N * K + cols, mask=cols < K, other=1.0)
+        q_ = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
+        k_ = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
+        a_, b_ = q_, k_
+        if RULE == "delta":
+            b_ = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
         if RULE == "dplr":
-            af = tile(a + wide, start, T, cols, K, WIDE, C).to(tl.float32)
-            bf = tile(b + wide, start, T, cols, K, WIDE, C).to(tl.float32)
-        if DECAY == 2:
-            gi = tile(g + wide, start, T, cols, K, WIDE, C).to(tl.float32)
-            Gi, last = tl.cumsum(gi, 0), tl.sum(gi, 0)
-            Gb = tl.cumsum(shifted(g + wide, start, T, cols, K, WIDE, C), 0) if EARLY else Gi
-            leave = tl.exp(last[None, :] - Gi)
-            put(q_in + wide, qf * tl.exp(Gb if SHIFT == 1 else Gi), start, T, cols, K, WIDE, C)
-            put(k_out + wide, kf * leave, start, T, cols, K, WIDE, C)
-            tl.store(ends + N * K + cols, tl.exp(last), mask=cols < K)
-            if RULE == "delta":
-                put(k_in + wide, kf * tl.exp(Gi), start, T, cols, K, WIDE, C)
-            if RULE == "dplr":
-                put(b_in + wide, bf * tl.exp(Gb), start, T, cols, K, WIDE, C)
-                put(a_out + wide, af * leave, start, T, cols, K, WIDE, C)
-        if A is not None:
-            if u is not None:
-                uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)
-                diagonal += tl.sum(qf * kf * uf[None, :], 1)
-            else:
-                diagonal += tl.sum(qf * kf, 1)
-            if RULE == "dplr":
-                diagonal_a += tl.sum(qf * af, 1)
-            if DECAY == 2:
-                if tl.min(last, 0) > MILD:
-                    read, write = tl.exp(Gi - last[None, :]), leave
-                    early = tl.exp(Gb - last[None, :]) if EARLY else read
-                    x = meet(
-                        qf,
-                        kf,
-                        af,
-                        bf,
-                        early if SHIFT == 1 else read,
-                        read,
-                        early,
-                        write,
-                        strict,
-                        RULE,
-                        CT,
-                        PREC,
-                    )
-                    A_, X_, Y_, Z_ = A_ + x[0], X_ + x[1], Y_ + x[2], Z_ + x[3]
-                else:
-                    for tier in range(0, LEVELS(C)):
-                        f = between(gi, tier, 0, C)
-                        early = between(gi, tier, 1, C) if EARLY else f
-                        x = meet(
-                            qf,
-                            kf,
-                            af,
-                            bf,
-                            early if SHIFT == 1 else f,
-                            f,
-                            early,
-                            f,
-                            level(tier, C),
-                            RULE,
-                            CT,
-                            PREC,
-                        )
-                        A_, X_, Y_, Z_ = A_ + x[0], X_ + x[1], Y_ + x[2], Z_ + x[3]
-            else:
-                kt = tl.trans(k_.to(CT))
-                A_ += tl.dot(q_.to(CT), kt, input_precision=PREC)
-                if RULE == "delta":
-                    X_ += tl.dot(k_.to(CT), kt, input_precision=PREC)
-    if A is not None:
-        if seg is not None:
-            seg += batch * T
-        finish(
-            A_, X_, Y_, Z_, diagonal, diagonal_a, beta, G, seg, A, Aa, Lk, W, N, batch * T * H + h, start, T,
-            H, C, RULE, DECAY, SHIFT, PREC,
-        )  # fmt: skip
+            a_ = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+            b_ = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
+        if SHIFT == 1:
+            uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)
+            k_raw = heads(k, batch, T, h, start, cols, H, R, K, C)
+            diagonal += tl.sum(heads(q, batch, T, h, start, cols, H, R, K, C) * k_raw * uf[None, :], 1)
+        if STRONG:
+            if SHIFT == 0:
+                diagonal += tl.sum(q_ * k_, 1)
+            diagonal_a += tl.sum(q_ * a_, 1)
+            g_ = tile(g + (batch * T * H + h) * K, start, T, cols, K, H * K, C).to(tl.float32)
+            for tier in range(0, LEVELS(C)):
+                f = between(g_, tier, 0, C)
+                early = between(g_, tier, 1, C) if SHIFT == 1 or RULE == "dplr" else f
+                fq, fb = early if SHIFT == 1 else f, early if RULE == "dplr" else f
+                x = meet(q_ * fq, k_ * f, a_ * f, b_ * fb, RULE, CT, PREC)
+                at = level(tier, C)
+                A_, X_ = A_ + tl.where(at, x[0], 0.0), X_ + tl.where(at, x[1], 0.0)
+                Y_, Z_ = Y_ + tl.where(at, x[2], 0.0), Z_ + tl.where(at, x[3], 0.0)
+        else:
+            x = meet(q_, k_, a_, b_, RULE, CT, PREC)
+            A_, X_, Y_, Z_ = A_ + x[0], X_ + x[1], Y_ + x[2], Z_ + x[3]
+    eye = i[:, None] == i[None, :]
+    if STRONG or SHIFT == 1:
+        A_ = tl.where(eye, diagonal[:, None], A_)
+    if STRONG:
+        Z_ = tl.where(eye, diagonal_a[:, None], Z_)
+    if seg is not None:
+        seg += batch * T
+    finish(
+        A_, X_, Y_, Z_, beta, G, seg, A, Aa, Lk, W, N, batch * T * H + h, start, T, H, C, RULE, DECAY, SHIFT,
+        PREC,
+    )  # fmt: skip
 
 
 @triton.jit
 def finish(
-    A_, X_, Y_, Z_, diagonal, diagonal_a, beta, G, seg, A, Aa, Lk, W, N, per_head, start, T,
+    A_, X_, Y_, Z_, beta, G, seg, A, Aa, Lk, W, N, per_head, start, T,
     H: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """Decays per head, masks, diagonals and inverses of the matrices of `pairs`, which are then written."""
+    """Decays per head, masks and inverses of the matrices of `pairs`, which are then written."""
     i = tl.arange(0, C)
-    strict = i[:, None] > i[None, :]
+    strict, eye = i[:, None] > i[None, :], i[:, None] == i[None, :]
     if DECAY == 1:
         Gs = decays(G + per_head, start, T, i, H)
         rate = tl.exp(tl.where(strict, Gs[:, None] - Gs[None, :], 0.0))
@@ -360,31 +359,28 @@ def finish(
     if seg is not None:
         number, before, final = segments(seg, start, T, C)
         strict = strict & (number[:, None] == number[None, :])
-    eye = i[:, None] == i[None, :]
-    A_ = tl.where(strict, A_, tl.where(eye, diagonal[:, None], 0.0))
-    tl.store(square(A, N, C), A_.to(A.dtype.element_ty))
+    tl.store(square(A, N, C), tl.where(strict | eye, A_, 0.0).to(A.dtype.element_ty))
     if RULE == "delta":
         beta_ = vector(beta + per_head, start, T, H, C)
         X_ = tl.where(strict, X_, 0.0) * beta_[None, :]
         tl.store(square(W, N, C), inverse(X_, C, PREC).to(W.dtype.element_ty))
     if RULE == "dplr":
-        Z_ = tl.where(strict, Z_, tl.where(eye, diagonal_a[:, None], 0.0))
-        tl.store(square(Aa, N, C), Z_.to(Aa.dtype.element_ty))
+        tl.store(square(Aa, N, C), tl.where(strict | eye, Z_, 0.0).to(Aa.dtype.element_ty))
         tl.store(square(Lk, N, C), tl.where(strict, Y_, 0.0).to(Lk.dtype.element_ty))
         tl.store(square(W, N, C), inverse(tl.where(strict, -X_, 0.0), C, PREC).to(W.dtype.element_ty))
 
 
 @triton.jit
-def meet(q, k, a, b, fq, fk, fb, write, mask, RULE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
-    """One part's share of q kᵀ, the rule's own matrix, b kᵀ and q aᵀ; f* are the readers' factors."""
-    kx, qx = tl.trans((k * write).to(CT)), (q * fq).to(CT)
-    A = tl.where(mask, tl.dot(qx, kx, input_precision=PREC), 0.0)
+def meet(q, k, a, b, RULE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """q kᵀ, the rule's own b kᵀ (delta) or b aᵀ (dplr), and dplr's b kᵀ and q aᵀ."""
+    kt, qx = tl.trans(k.to(CT)), q.to(CT)
+    A = tl.dot(qx, kt, input_precision=PREC)
     X, Y, Z = A, A, A
     if RULE == "delta":
-        X = tl.where(mask, tl.dot((k * fk).to(CT), kx, input_precision=PREC), 0.0)
+        X = tl.dot(b.to(CT), kt, input_precision=PREC)
     if RULE == "dplr":
-        ax, bx = tl.trans((a * write).to(CT)), (b * fb).to(CT)
-        X = tl.where(mask, tl.dot(bx, ax, input_precision=PREC), 0.0)
-        Y = tl.where(mask, tl.dot(bx, kx, input_precision=PREC), 0.0)
-        Z = tl.where(mask, tl.dot(qx, ax, input_precision=PREC), 0.0)
+        at, bx = tl.trans(a.to(CT)), b.to(CT)
+        X = tl.dot(bx, at, input_precision=PREC)
+        Y = tl.dot(bx, kt, input_precision=PREC)
+        Z = tl.dot(qx, at, input_precision=PREC)
     return A, X, Y, Z

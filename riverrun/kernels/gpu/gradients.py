@@ -10,285 +10,312 @@ G_i enters where ρ_i reads and -G_j where κ_j writes, so with ω_i = Σ_ρ ρ_
 the state after the chunk (so that the sum never leaves the chunk)
 
     dg_t = Σ_{i ≥ t} ω_i + rowsum(S' ⊙ dS)
+
+`weights` makes P, with decays per head in it; `gradients` finishes one reader or writer before it begins the
+next, so that few tiles are held at once. With decays per key a chunk is taken as mild (see `chunk.py`): every
+factor is anchored at the chunk's end and taken out of the sums. A second launch, STRONG, leaves at once where
+that was true and does the others level by level.
 """
 
 import triton
 import triton.language as tl
 
 from .chunk import (
+    LEAST,
     LEVELS,
-    MILD,
     across_level,
     between,
-    decays,
+    heads,
     level,
+    operand,
     put,
     rates,
-    segments,
     shifted,
+    square,
     tile,
     vector,
+    weigh,
 )
 
 
 @triton.jit
-def suffix(x):
-    """Sum over this and all later rows."""
-    return tl.sum(x, 0)[None, :] - tl.cumsum(x, 0) + x
-
-
-@triton.jit
-def meet_state(
-    value, w, dy, dx, base, states, dstates, start, T, cols,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    RULE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+def weights(
+    value, w, dy, dx, G, lw, seg, dden, Pq, Px, Pa, Pw, T,
+    H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr,
+    DECAY: tl.constexpr, SHIFT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """What needs the values: pair weights P and their transposes T, the states' share of the gradients,
-    rowsum(S ⊙ dS)."""
-    Pq, Pa = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    Px, Pw, Tq, Tx, Ta, Tw = Pq, Pq, Pq, Pq, Pq, Pq
-    dq_, dk_ = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-    da_, db_ = dq_, dq_
-    ends = tl.zeros((BK,), tl.float32)
-    # P and its transpose are two products: Triton before 3.7.1 miscompiles, on Hopper, a product whose left
-    # operand is the transpose of a product
-    for j in range(0, V, BV):
-        across = j + tl.arange(0, BV)
-        at = cols[:, None] * V + across[None, :]
-        inside = (cols < K)[:, None] & (across < V)[None, :]
-        S, dS = tl.load(states + at, mask=inside, other=0.0), tl.load(dstates + at, mask=inside, other=0.0)
-        ends += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-        St, dSt = tl.trans(S.to(CT)), tl.trans(dS.to(CT))
-        dy_ = tile(dy + base, start, T, across, V, H * V, C).to(CT)
-        v_ = tile(value + base, start, T, across, V, H * V, C).to(CT)
-        dyt, vt = tl.trans(dy_), tl.trans(v_)
-        Pq += tl.dot(dy_, vt, input_precision=PREC)
-        Tq += tl.dot(v_, dyt, input_precision=PREC)
-        dq_ += tl.dot(dy_, St, input_precision=PREC)
-        dk_ += tl.dot(v_, dSt, input_precision=PREC)
-        if RULE != "outer":
-            x_ = tile(dx + base, start, T, across, V, H * V, C).to(CT)
-            xt = tl.trans(x_)
-            Px += tl.dot(x_, vt, input_precision=PREC)
-            Tx += tl.dot(v_, xt, input_precision=PREC)
-            db_ += tl.dot(x_, St, input_precision=PREC)
-        if RULE == "dplr":
-            w_ = tile(w + base, start, T, across, V, H * V, C).to(CT)
-            wt = tl.trans(w_)
-            Pa += tl.dot(dy_, wt, input_precision=PREC)
-            Ta += tl.dot(w_, dyt, input_precision=PREC)
-            Pw += tl.dot(x_, wt, input_precision=PREC)
-            Tw += tl.dot(w_, xt, input_precision=PREC)
-            da_ += tl.dot(w_, dSt, input_precision=PREC)
-    return Pq, Tq, Px, Tx, Pa, Ta, Pw, Tw, dq_, dk_, da_, db_, ends
+    """Of each chunk (grid: chunks, B·H) dy εᵀ and dx εᵀ with the values of k, for dplr also with those of a.
 
-
-@triton.jit
-def decay_gradient(q, k, a, b, dq, dk, da, db, ends, RULE: tl.constexpr, SHIFT: tl.constexpr):
-    """dg per key from readers and writers with their gradients; what reads before a step's own decay counts
-    later."""
-    omega, later = -k * dk, q * dq
-    if SHIFT == 0:
-        omega += q * dq
-    if RULE == "delta":
-        omega += k * db
-    if RULE == "dplr":
-        omega -= a * da
-        later = b * db
-    omega = suffix(omega) + ends[None, :]
-    if SHIFT == 1 or RULE == "dplr":
-        omega += suffix(later) - later
-    return omega
-
-
-@triton.jit
-def meet_keys(
-    Pq, Px, Pa, Pw, Tq, Tx, Ta, Tw, q, k, a, b, g, G, G_before, last, scale, see, seen,
-    C: tl.constexpr, BK: tl.constexpr, RULE: tl.constexpr, SHIFT: tl.constexpr, CT: tl.constexpr,
-    PREC: tl.constexpr,
-):  # fmt: skip
-    """All pairs' share of dq, dk, da, db with decays per key: at once if they are mild, else level by
-    level."""
-    EARLY: tl.constexpr = SHIFT == 1 or RULE == "dplr"
-    dq, dk = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-    da, db = dq, dq
-    if tl.min(last, 0) > MILD:
-        fr, fw = tl.exp(G - last[None, :]), tl.exp(last[None, :] - G)
-        fb = tl.exp(G_before - last[None, :]) if EARLY else fr
-        dq, dk, da, db = meet(
-            Pq, Px, Pa, Pw, Tq, Tx, Ta, Tw, q, k, a, b, fb if SHIFT == 1 else fr, fr, fb, fw, scale,
-            see, seen, RULE, CT, PREC,
-        )  # fmt: skip
-    else:
-        for tier in range(0, LEVELS(C)):
-            f = between(g, tier, 0, C)
-            early = between(g, tier, 1, C) if EARLY else f
-            part = meet(
-                Pq, Px, Pa, Pw, Tq, Tx, Ta, Tw, q, k, a, b, early if SHIFT == 1 else f, f, early, f, scale,
-                level(tier, C) & see, across_level(tier, C) & seen, RULE, CT, PREC,
-            )  # fmt: skip
-            dq, dk, da, db = dq + part[0], dk + part[1], da + part[2], db + part[3]
-    return dq, dk, da, db
-
-
-@triton.jit
-def between_steps(
-    G, lw, see, seen, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr
-):
-    """Decays per head and write weights of all pairs, and their transpose."""
-    i = tl.arange(0, C)
-    rate = tl.zeros((C, C), tl.float32) + 1.0
-    etar = rate
-    if DECAY == 1:
-        Gs, Gq = decays(G, start, T, i, H), decays(G, start, T, i - SHIFT, H)
-        rate = tl.exp(tl.where(see, Gq[:, None] - Gs[None, :], 0.0))
-        etar = tl.exp(tl.where(seen, Gq[None, :] - Gs[:, None], 0.0))
-    if lw is not None:
-        write = tl.exp(vector(lw, start, T, H, C))
-        rate *= write[None, :]
-        etar *= write[:, None]
-    return rate, etar
-
-
-@triton.jit
-def gradients(
-    q, k, a, b, u, beta, g, G, lw, seg, value, w, dy, dx, dden, states, nstates, dstates, dnstates,
-    dq, dk, da, db, dg, dweight, du, B, T,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, CT: tl.constexpr,
-    PREC: tl.constexpr,
-):  # fmt: skip
-    """Grid (chunks, key blocks, B·H). `value` is v, for delta the errors r without β; `dweight` is dβ or dlw.
-
-    Per-head results (dg per head, dweight) are the key block's share (blocks, B, T, H), summed by the caller.
+    A pair of a step with itself is among q's, unless a bonus takes its place, and not among what corrects.
     """
-    n, pk, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, h = (bh // H).to(tl.int64), bh % H
-    GH: tl.constexpr = H // R
-    i, cols = tl.arange(0, C), pk * BK + tl.arange(0, BK)
-    start = batch * 0 + n * C
-    N = bh.to(tl.int64) * tl.num_programs(0) + n
-    group, wide = (batch * T * GH + h // R) * K, (batch * T * H + h) * K
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, h = bh // H, bh % H
+    start, N, i = batch * 0 + n * C, bh * tl.num_programs(0) + n, tl.arange(0, C)
     per_head = batch * T * H + h
-    SHIFT: tl.constexpr = 1 if u is not None else 0  # a bonus reads before the step's own decay
-    Pq, Tq, Px, Tx, Pa, Ta, Pw, Tw, dq_, dk_, da_, db_, ends = meet_state(
-        value, w, dy, dx, per_head * V,
-        states + N * K * V, dstates + N * K * V, start, T, cols, H, K, V, BK, BV, C, RULE, CT, PREC,
-    )  # fmt: skip
-    if NORM:
-        fed = vector(dden + per_head, start, T, H, C)
-        before_n = tl.load(nstates + N * K + cols, mask=cols < K, other=0.0)
-        after_n = tl.load(dnstates + N * K + cols, mask=cols < K, other=0.0)
-        Pq += fed[:, None]
-        Tq += fed[None, :]
-        dq_ += fed[:, None] * before_n[None, :]
-        dk_ += after_n[None, :]
-        ends += before_n * after_n
-    if RULE == "delta":  # what corrects is k, with minus dx
-        Px, Tx, db_ = -Px, -Tx, -db_
     if G is not None:
         G += per_head
     if lw is not None:
         lw += per_head
-    see, seen = i[:, None] > i[None, :], i[:, None] < i[None, :]
     if seg is not None:
         seg += batch * T
-        number, _, _ = segments(seg, start, T, C)
-        together = number[:, None] == number[None, :]
-        see, seen = see & together, seen & together
-    read, reach, leave, through = rates(G, lw, seg, start, T, H, C, DECAY, SHIFT)
-    qf = tile(q + group, start, T, cols, K, GH * K, C).to(tl.float32)
-    kf = tile(k + group, start, T, cols, K, GH * K, C).to(tl.float32)
-    af, bf = kf, kf
+    q_, x_ = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    a_, w_ = q_, q_
+    for j in range(0, V, BV):
+        across = j + tl.arange(0, BV)
+        dyj = tile(dy + per_head * V, start, T, across, V, H * V, C).to(CT)
+        vt = tl.trans(tile(value + per_head * V, start, T, across, V, H * V, C).to(CT))
+        q_ += tl.dot(dyj, vt, input_precision=PREC)
+        if RULE != "outer":
+            dxj = tile(dx + per_head * V, start, T, across, V, H * V, C).to(CT)
+            x_ += tl.dot(dxj, vt, input_precision=PREC)
+        if RULE == "dplr":
+            wt = tl.trans(tile(w + per_head * V, start, T, across, V, H * V, C).to(CT))
+            a_ += tl.dot(dyj, wt, input_precision=PREC)
+            w_ += tl.dot(dxj, wt, input_precision=PREC)
+    if dden is not None:
+        q_ += vector(dden + per_head, start, T, H, C)[:, None]
+    q_ = weigh(q_, G, lw, seg, start, T, H, C, DECAY, SHIFT, False)
+    tl.store(square(Pq, N, C), q_.to(Pq.dtype.element_ty))
+    strict = i[:, None] > i[None, :]
+    if RULE != "outer":
+        x_ = tl.where(strict, weigh(x_, G, lw, seg, start, T, H, C, DECAY, 0, False), 0.0)
+        tl.store(square(Px, N, C), x_.to(Px.dtype.element_ty))
     if RULE == "dplr":
-        af = tile(a + wide, start, T, cols, K, H * K, C).to(tl.float32)
-        bf = tile(b + wide, start, T, cols, K, H * K, C).to(tl.float32)
-    # the states' share, with the factors of what reads (f) and of what is written
-    if DECAY == 2:
-        gi = tile(g + wide, start, T, cols, K, H * K, C).to(tl.float32)
-        Gi, last = tl.cumsum(gi, 0), tl.sum(gi, 0)
-        Gb = Gi
-        if RULE == "dplr" or SHIFT == 1:
-            Gb = tl.cumsum(shifted(g + wide, start, T, cols, K, H * K, C), 0)
-        fr, fb = tl.exp(Gi) * reach[:, None], tl.exp(Gb) * reach[:, None]
-        fq, fw = fb if SHIFT == 1 else fr, tl.exp(last[None, :] - Gi) * leave[:, None]
-        ends *= through * tl.exp(last)
-    else:
-        rate, etar = between_steps(G, lw, see, seen, start, T, H, C, DECAY, SHIFT)
-        fq, fr, fb, fw = read[:, None], reach[:, None], reach[:, None], leave[:, None]
-        ends *= through
-    dq_, dk_, da_, db_ = dq_ * fq, dk_ * fw, da_ * fw, db_ * (fb if RULE == "dplr" else fr)
-    if RULE == "dplr":
-        ends += tl.sum(af * da_, 0)
-    scale = tl.full((C,), 1.0, tl.float32)
-    if RULE == "delta":
-        scale = vector(beta + per_head, start, T, H, C)
-    ends += tl.sum(kf * dk_ * scale[:, None], 0)
-    # the pairs' share; dk_ stays free of delta's β until the end, because k · dk_ is then dβ
-    if DECAY == 2:
-        part = meet_keys(
-            Pq.to(CT), Px.to(CT), Pa.to(CT), Pw.to(CT), Tq.to(CT), Tx.to(CT), Ta.to(CT), Tw.to(CT),
-            qf, kf, af, bf, gi, Gi, Gb, last, scale, see, seen, C, BK, RULE, SHIFT, CT, PREC,
-        )  # fmt: skip
-        dq_, dk_, da_, db_ = dq_ + part[0], dk_ + part[1], da_ + part[2], db_ + part[3]
-    else:
-        kx = (kf * scale[:, None]).to(CT)
-        dq_ += tl.dot(tl.where(see, Pq * rate, 0.0).to(CT), kx, input_precision=PREC)
-        dk_ += tl.dot(tl.where(seen, Tq * etar, 0.0).to(CT), qf.to(CT), input_precision=PREC)
-        if RULE == "delta":
-            db_ += tl.dot(tl.where(see, Px * rate, 0.0).to(CT), kx, input_precision=PREC)
-            dk_ += tl.dot(tl.where(seen, Tx * etar, 0.0).to(CT), kf.to(CT), input_precision=PREC)
-    eye = i[:, None] == i[None, :]
-    own = tl.sum(tl.where(eye, Pq, 0.0), 1)
-    share = pk.to(tl.int64) * B * T * H + per_head + (start + i) * H
-    if dg is not None:  # the pair of a step with itself knows no decay and is left out
-        omega = decay_gradient(qf, kf, af, bf, dq_, dk_ * scale[:, None], da_, db_, ends, RULE, SHIFT)
-        if DECAY == 2:
-            put(dg + wide, omega, start, T, cols, K, H * K, C)
-        else:
-            tl.store(dg + share, tl.sum(omega, 1), mask=i < (T - start).to(tl.int32))
-    if lw is not None:
-        own *= tl.exp(vector(lw, start, T, H, C))
-    if u is not None:
-        uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
-        tl.store(du + N * K + cols, tl.sum(own[:, None] * qf * kf, 0), mask=cols < K)
-        dq_, dk_ = dq_ + own[:, None] * uf * kf, dk_ + own[:, None] * uf * qf
-    else:
-        dq_, dk_ = dq_ + (own * scale)[:, None] * kf, dk_ + own[:, None] * qf
-    if RULE == "dplr":
-        own_a = tl.sum(tl.where(eye, Pa, 0.0), 1)
-        dq_, da_ = dq_ + own_a[:, None] * af, da_ + own_a[:, None] * qf
-        put(da + wide, da_, start, T, cols, K, H * K, C)
-        put(db + wide, db_, start, T, cols, K, H * K, C)
-    if dweight is not None:
-        tl.store(dweight + share, tl.sum(kf * dk_, 1), mask=i < (T - start).to(tl.int32))
-    if RULE == "delta":
-        dk_ = dk_ * scale[:, None] + db_
-    put(dq + wide, dq_, start, T, cols, K, H * K, C)
-    put(dk + wide, dk_, start, T, cols, K, H * K, C)
+        a_ = weigh(a_, G, lw, seg, start, T, H, C, DECAY, 0, False)
+        tl.store(square(Pa, N, C), a_.to(Pa.dtype.element_ty))
+        w_ = tl.where(strict, weigh(w_, G, lw, seg, start, T, H, C, DECAY, 0, False), 0.0)
+        tl.store(square(Pw, N, C), w_.to(Pw.dtype.element_ty))
 
 
 @triton.jit
-def meet(
-    Pq, Px, Pa, Pw, Tq, Tx, Ta, Tw, q, k, a, b, fq, fk, fb, write, scale, mask, ksam,
-    RULE: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+def state_share(
+    x, states, start, T, cols,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One part's share of dq, dk (free of delta's β), da and db; f* are the readers' factors, T* are P*
-    transposed."""
-    kx, qx = (k * write * scale[:, None]).to(CT), (q * fq).to(CT)
-    dq = tl.dot(tl.where(mask, Pq, 0.0).to(CT), kx, input_precision=PREC)
-    dk = tl.dot(tl.where(ksam, Tq, 0.0).to(CT), qx, input_precision=PREC)
-    da, db = dq, dq
-    if RULE == "delta":
-        db = fk * tl.dot(tl.where(mask, Px, 0.0).to(CT), kx, input_precision=PREC)
-        dk += tl.dot(tl.where(ksam, Tx, 0.0).to(CT), (k * fk).to(CT), input_precision=PREC)
+    """x Sᵀ (C, BK)."""
+    total = tl.zeros((C, BK), tl.float32)
+    for j in range(0, V, BV):
+        across = j + tl.arange(0, BV)
+        inside = (cols < K)[:, None] & (across < V)[None, :]
+        x_ = tile(x, start, T, across, V, H * V, C).to(CT)
+        S = tl.load(states + cols[:, None] * V + across[None, :], mask=inside, other=0.0).to(CT)
+        total += tl.dot(x_, tl.trans(S), input_precision=PREC)
+    return total
+
+
+@triton.jit
+def meeting(states, dstates, cols, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """rowsum(S ⊙ dS)."""
+    total = tl.zeros((BK,), tl.float32)
+    for j in range(0, V, BV):
+        across = j + tl.arange(0, BV)
+        inside = (cols < K)[:, None] & (across < V)[None, :]
+        at = cols[:, None] * V + across[None, :]
+        S = tl.load(states + at, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(S * tl.load(dstates + at, mask=inside, other=0.0).to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def pair_share(
+    P, N, z, g, OURS: tl.constexpr, THEIRS: tl.constexpr, BACK: tl.constexpr, C: tl.constexpr,
+    STRONG: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Σ_j P_ij z_j; BACK with Pᵀ.
+
+    STRONG: with e^{±(G_i - G_j)}, every level with its own anchor; OURS and THEIRS say whether the target's
+    or z's own step is left out of its decay.
+    """
+    P_ = tl.load(square(P, N, C))
+    P_ = tl.trans(P_) if BACK else P_
+    if STRONG:
+        i = tl.arange(0, C)
+        P_ = P_.to(tl.float32)
+        total = tl.sum(tl.where(i[:, None] == i[None, :], P_, 0.0), 1)[:, None] * z
+        for tier in range(0, LEVELS(C)):
+            ours, theirs = between(g, tier, OURS, C), between(g, tier, THEIRS, C)
+            at = across_level(tier, C) if BACK else level(tier, C)
+            kept = tl.where(at, P_, 0.0).to(CT)
+            total += ours * tl.dot(kept, (z * theirs).to(CT), input_precision=PREC)
+        return total
+    else:
+        return tl.dot(P_.to(CT), z.to(CT), input_precision=PREC)
+
+
+@triton.jit
+def fade(
+    sums, last, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
+    READER: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """e^{G - G_C}, EARLY with G before each step, or for writers e^{G_C - G}."""
+    if EARLY:
+        G = shifted(sums, start, T, cols, WIDTH, STRIDE, C)
+    else:
+        G = tile(sums, start, T, cols, WIDTH, STRIDE, C)
+    return tl.exp(G - last[None, :] if READER else last[None, :] - G)
+
+
+@triton.jit
+def gradients(
+    q, k, a, b, q_in, k_out, b_in, a_out, u, beta, g, G, lw, seg, sums, ends, value, w, dy, dx, dden,
+    states, nstates, dstates, dnstates, Pq, Px, Pa, Pw, dq, dk, da, db, dg, dweight, du, B, T,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, STRONG: tl.constexpr, CT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """Grid (key blocks, chunks, B·H). `value` is v, for delta the errors r without β; `dweight` is dβ or dlw.
+
+    Per-head results (dg per head, dweight) are the key block's share (blocks, B, T, H), summed by the caller.
+    b_in are the faded readers that correct: for delta k's. dg may be where `sums` is.
+    """
+    pk, n, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, h = (bh // H).to(tl.int64), bh % H
+    i, cols = tl.arange(0, C), pk * BK + tl.arange(0, BK)
+    start = batch * 0 + n * C
+    N = bh.to(tl.int64) * tl.num_programs(1) + n
+    SHIFT: tl.constexpr = 1 if u is not None else 0  # a bonus reads before the step's own decay
+    LATE: tl.constexpr = 1 if RULE == "dplr" else 0  # and so does b
+    MILD: tl.constexpr = DECAY == 2 and not STRONG
+    per_head = batch * T * H + h
+    wide = per_head * K
+    share = pk.to(tl.int64) * B * T * H + per_head + (start + i) * H
+    here = i < (T - start).to(tl.int32)
+    value, dy = value + per_head * V, dy + per_head * V
+    states, dstates = states + N * K * V, dstates + N * K * V
+    if G is not None:
+        G += per_head
+    if lw is not None:
+        lw += per_head
+    if seg is not None:
+        seg += batch * T
+    read, reach, leave, through = rates(G, lw, seg, start, T, H, C, DECAY, SHIFT)
+    scale = vector(beta + per_head, start, T, H, C) if RULE == "delta" else tl.full((C,), 1.0, tl.float32)
+    # what a state's share is multiplied with; if mild, all of it is then multiplied with `fade`
+    in_q, in_b, in_k = read[:, None], reach[:, None], leave[:, None]
+    gi, over, last = scale[:, None], scale, scale
+    total = through + tl.zeros((BK,), tl.float32)
+    if DECAY == 2:
+        end = tl.load(ends + N * K + cols, mask=cols < K, other=1.0)
+        total *= end
+    if STRONG:
+        if tl.min(end, 0) > LEAST:
+            return
+        gi = tile(g + wide, start, T, cols, K, H * K, C).to(tl.float32)
+        Gi, last = tl.cumsum(gi, 0), tl.sum(gi, 0)
+        Gb = tl.cumsum(shifted(g + wide, start, T, cols, K, H * K, C), 0)
+        in_k *= tl.exp(last[None, :] - Gi)
+        in_q *= tl.exp(Gb if SHIFT == 1 else Gi)
+        in_b *= tl.exp(Gb if RULE == "dplr" else Gi)
+    if MILD:
+        sums += wide
+        final = tl.minimum(C - 1, (T - 1 - start).to(tl.int32))
+        last = tl.load(sums + (start + final) * (H * K) + cols, mask=cols < K, other=0.0)
+        over = 1.0 / end
+        in_q, in_b = in_q * end[None, :], in_b * end[None, :]
+    out, late, met = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32), total
+    if dg is not None:
+        met = meeting(states, dstates, cols, K, V, BK, BV) * total
+    if nstates is not None:
+        before = tl.load(nstates + N * K + cols, mask=cols < K, other=0.0)
+        after = tl.load(dnstates + N * K + cols, mask=cols < K, other=0.0)
+        met += before * after * total
+    # q
+    d = state_share(dy, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
+    if nstates is not None:
+        d += vector(dden + per_head, start, T, H, C)[:, None] * before[None, :]
+    z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
+    d = d * in_q + pair_share(Pq, N, z, gi, SHIFT, 0, False, C, STRONG, CT, PREC)
     if RULE == "dplr":
-        ax, bx = (a * write).to(CT), (b * fb).to(CT)
-        db = tl.dot(tl.where(mask, Px, 0.0).to(CT), kx, input_precision=PREC)
-        dk += tl.dot(tl.where(ksam, Tx, 0.0).to(CT), bx, input_precision=PREC)
-        dq += tl.dot(tl.where(mask, Pa, 0.0).to(CT), ax, input_precision=PREC)
-        da = tl.dot(tl.where(ksam, Ta, 0.0).to(CT), qx, input_precision=PREC)
-        db += tl.dot(tl.where(mask, Pw, 0.0).to(CT), ax, input_precision=PREC)
-        da += tl.dot(tl.where(ksam, Tw, 0.0).to(CT), bx, input_precision=PREC)
-        da, db = da * write, db * fb
-    return dq * fq, dk * write, da, db
+        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+        d += pair_share(Pa, N, z, gi, 0, 0, False, C, STRONG, CT, PREC)
+    if MILD:
+        d *= fade(sums, last, start, T, cols, K, H * K, C, True, SHIFT == 1)
+    qf = heads(q, batch, T, h, start, cols, H, R, K, C)
+    if dg is not None:
+        out = qf * d if DECAY == 2 else tl.sum(qf * d, 1)[:, None]
+        if SHIFT == 1:
+            late, out = out, 0.0 * out
+    if u is not None:
+        whole = tl.arange(0, POWER(V))
+        own = tl.sum(
+            tile(value, start, T, whole, V, H * V, C).to(tl.float32)
+            * tile(dy, start, T, whole, V, H * V, C).to(tl.float32), 1
+        )  # fmt: skip
+        kf = heads(k, batch, T, h, start, cols, H, R, K, C)
+        uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
+        tl.store(du + N * K + cols, tl.sum(own[:, None] * qf * kf, 0), mask=cols < K)
+        d += own[:, None] * uf * kf
+    put(dq + wide, d, start, T, cols, K, H * K, C)
+    # k; its gradient stays free of delta's β until the end, because k · dk is then dβ
+    d = state_share(value, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
+    if nstates is not None:
+        d += after[None, :]
+    d *= in_k
+    if dg is not None:
+        z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
+        met += tl.sum(z * d * scale[:, None], 0)
+    z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
+    d += pair_share(Pq, N, z, gi, 0, SHIFT, True, C, STRONG, CT, PREC)
+    if RULE == "delta":  # what corrects is k, with minus dx
+        z = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
+        d -= pair_share(Px, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
+    if RULE == "dplr":
+        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
+        d += pair_share(Px, N, z, gi, 0, 1, True, C, STRONG, CT, PREC)
+    if MILD:
+        d *= fade(sums, last, start, T, cols, K, H * K, C, False, False)
+    kf = heads(k, batch, T, h, start, cols, H, R, K, C)
+    if dg is not None:
+        out -= kf * d * scale[:, None] if DECAY == 2 else tl.sum(kf * d * scale[:, None], 1)[:, None]
+    if u is not None:
+        d += own[:, None] * uf * heads(q, batch, T, h, start, cols, H, R, K, C)
+    if dweight is not None:
+        tl.store(dweight + share, tl.sum(kf * d, 1), mask=here)
+    d *= scale[:, None]
+    if RULE != "delta":
+        put(dk + wide, d, start, T, cols, K, H * K, C)
+    # what corrects: k again, or b
+    if RULE != "outer":
+        e = d
+        d = state_share(dx + per_head * V, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_b
+        z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
+        d += pair_share(Px, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
+    if RULE == "delta":
+        if MILD:
+            d *= fade(sums, last, start, T, cols, K, H * K, C, True, False)
+        if dg is not None:
+            out -= kf * d if DECAY == 2 else tl.sum(kf * d, 1)[:, None]
+        put(dk + wide, e - d, start, T, cols, K, H * K, C)
+    if RULE == "dplr":
+        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+        d += pair_share(Pw, N, z, gi, 1, 0, False, C, STRONG, CT, PREC)
+        if MILD:
+            d *= fade(sums, last, start, T, cols, K, H * K, C, True, True)
+        late += heads(b, batch, T, h, start, cols, H, 1, K, C) * d
+        put(db + wide, d, start, T, cols, K, H * K, C)
+        # a
+        d = state_share(w + per_head * V, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_k
+        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+        met += tl.sum(z * d, 0)
+        z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
+        d += pair_share(Pa, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
+        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
+        d += pair_share(Pw, N, z, gi, 0, 1, True, C, STRONG, CT, PREC)
+        if MILD:
+            d *= fade(sums, last, start, T, cols, K, H * K, C, False, False)
+        out -= heads(a, batch, T, h, start, cols, H, 1, K, C) * d
+        put(da + wide, d, start, T, cols, K, H * K, C)
+    if dg is not None:
+        omega = tl.cumsum(out, 0, reverse=True)
+        if SHIFT == 1 or RULE == "dplr":
+            omega += tl.cumsum(late, 0, reverse=True) - late
+        if DECAY == 2:
+            put(dg + wide, omega + met[None, :], start, T, cols, K, H * K, C)
+        else:
+            tl.store(dg + share[:, None], omega + tl.sum(met, 0), mask=here[:, None])
+
+
+@triton.constexpr_function
+def POWER(V):
+    return triton.next_power_of_2(V)

@@ -11,12 +11,13 @@ before it:
     A = tril(q kᵀ D)    Aa = tril(q aᵀ D)    Lk = tril(b kᵀ D₋, -1)
     W inverts I + tril(k kᵀ D, -1) β, for dplr I - tril(b aᵀ D₋, -1); ₋ leaves a step's own decay out
 
-First `pairs` makes the (C, C) matrices, all chunks at once (per head without correction the walk makes A
-itself). Then `forward` walks the chunks with S on chip. For the backward, `reverse` walks back with dS and
-yields dv, or dx of delta and dplr; `gradients` has the rest, all chunks at once, from the states that the
-two walks wrote in half precision.
+First `pairs` makes the (C, C) matrices, all chunks at once (per head without correction the outputs make A
+themselves). delta and dplr: `forward` walks the chunks with S on chip; for the backward, `reverse` walks back
+with dS and yields dv, or dx of delta and dplr. outer: `accumulate` walks and only writes states, `outputs`
+makes y of all chunks at once; for the backward both again, with time and against it. `gradients` has the
+rest, all chunks at once, from the states that the two walks wrote in half precision.
 
-If batch × heads × value blocks leave the device idle, time is cut into parts: each part is walked from zero
+If batch × heads × state blocks leave the device idle, time is cut into parts: each part is walked from zero
 (for delta and dplr from the identity as well, which gives its transition), `join` passes the states
 through, and the parts are walked again from their true states. Sums always run in the same order: the same
 input, the same bits.
@@ -28,11 +29,8 @@ is tuned at run time.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -40,7 +38,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import chunk, walk
-from .gradients import gradients
+from .gradients import gradients, weights
+from .launch import launch
+from .outputs import outputs
 
 OPS = ("outer", "mlstm", "delta", "dplr")
 WIDEST = 256  # keys a head
@@ -93,7 +93,7 @@ class Inputs:
         self.store = torch.bfloat16 if bf16 else torch.float32
         self.CT = tl.bfloat16 if bf16 else tl.float32
         self.prec = "tf32x3" if torch.float32 in types else "tf32"
-        self.C = length(bf16)
+        self.C = length(bf16, self.inline)
         # narrower tiles than these are not safe: Triton 3.6 miscompiles some of their products on Hopper
         self.least = (64, 32) if bf16 else (16, 16)
         self.BK = max(self.least[0], triton.next_power_of_2(self.K))
@@ -107,75 +107,68 @@ class Inputs:
 
     @property
     def inline(self) -> bool:
-        """Whether walks make A themselves."""
+        """Whether outputs make A themselves."""
         return self.rule == "outer" and self.decay < 2 and self.u is None
 
     @property
+    def shift(self) -> int:
+        return int(self.u is not None)
+
+    @cached_property
     def BV(self) -> int:
-        """Values a program: what registers and shared memory hold beside K keys, fewer where that fills the
-        device."""
-        most = (
-            64
-            if self.BK <= 128 and self.CT == tl.bfloat16
-            else 32
-            if self.BK <= 128 or self.CT == tl.bfloat16
-            else 16
-        )
+        """Values of a state that a walk holds: what registers and shared memory hold beside K keys, fewer
+        where that fills the device."""
+        half = self.CT == tl.bfloat16
+        most = 64 if self.BK <= 128 and half else 32 if self.BK <= 128 or half else 16
         idle = self.B * self.H * self.V < 128 * processors(self.v.device)
         if self.rule == "dplr" or (self.rule == "delta" and idle):
             most = min(most, 32)
         return min(most, max(self.least[1], triton.next_power_of_2(self.V)))
 
     @property
+    def state_tile(self) -> tuple[int, int]:
+        """Keys and values of a state that a program of `walk.accumulate` holds."""
+        return min(64, self.BK), min(64, max(self.least[1], triton.next_power_of_2(self.V)))
+
+    @property
+    def state_blocks(self) -> int:
+        """Programs over which a state is spread."""
+        if self.rule != "outer":
+            return self.blocks
+        BK, BV = self.state_tile
+        return -(-self.K // BK) * -(-self.V // BV)
+
+    @cached_property
     def parts(self) -> int:
         """Into how many parts time is cut: two programs a multiprocessor, parts of at least 8 chunks."""
-        programs, room = self.B * self.H * self.blocks, processors(self.v.device)
+        programs, room = self.B * self.H * self.state_blocks, processors(self.v.device)
         worth = 3 if self.rule == "outer" else 8  # a transition costs as much again as the state
         return max(1, min(2 * room // programs, self.chunks // 8)) if worth * programs <= room else 1
 
-    def wgmma(self, parts: int = 1) -> bool:
+    @property
+    def wgmma(self) -> bool:
         """Whether kernels may use Hopper's own matrix instructions: only where that was seen to be right on
         the chip.
 
         Triton 3.6 miscompiles some products for them (wrong numbers, reads outside shared memory); the older
         ones are always right. These are the cases in which every gradient agreed with the definition.
         """
-        seen = self.CT == tl.bfloat16 and self.BK <= 128 and not self.normed and self.seg is None
-        return seen and parts == 1
+        return self.CT == tl.bfloat16 and self.BK <= 128
 
     def sum_decays(self) -> Tensor:
         G = torch.empty(self.g.shape, dtype=torch.float32, device=self.g.device)
-        BW = min(64, triton.next_power_of_2(self.H))
+        BW = min(16, triton.next_power_of_2(self.H))
         grid = (self.chunks, -(-self.H // BW), self.B)
-        chunk.running_sum[grid](self.g, G, self.T, self.H, BW, self.C, num_warps=4)
+        launch(chunk.running_sum, grid, (self.g, G, self.T), (self.H, BW, self.C), 4)
         return G
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
 
-def length(bf16: bool) -> int:
-    """Steps a chunk."""
-    return 64 if bf16 else 32
-
-
-@contextmanager
-def instructions(wgmma: bool) -> Iterator[None]:
-    """Inside, a kernel that is compiled uses Hopper's own matrix instructions only if `wgmma`.
-
-    Triton reads the variable when it compiles and keeps it in the key of its cache on disk, but not in that
-    of the process: launches that differ in it must differ in a compile-time argument or in `num_stages` too.
-    """
-    before = os.environ.get("DISABLE_MMA_V3")
-    if not wgmma:
-        os.environ["DISABLE_MMA_V3"] = "1"
-    try:
-        yield
-    finally:
-        if not wgmma:
-            os.environ.pop("DISABLE_MMA_V3")
-            if before is not None:
-                os.environ["DISABLE_MMA_V3"] = before
+def length(bf16: bool, inline: bool) -> int:
+    """Steps a chunk. Where outputs make A themselves, long chunks are few states to write and read."""
+    return 32 if not bf16 else 128 if inline else 64
 
 
 @cache
@@ -194,10 +187,10 @@ class Made:
     Aa: Tensor | None = None
     Lk: Tensor | None = None
     W: Tensor | None = None
-    k_in: Tensor | None = None
     b_in: Tensor | None = None
     a_out: Tensor | None = None
     ends: Tensor | None = None
+    sums: Tensor | None = None
 
 
 def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
@@ -209,96 +202,142 @@ def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
     matrix = (x.B * x.H, x.chunks, x.C, x.C)
     needed = (True, dplr, dplr, delta or dplr)
     made.A, made.Aa, made.Lk, made.W = known or (x.new(*matrix, dtype=x.store) if n else None for n in needed)
-    if known and not full:
-        return made
-    sequence = (x.B, x.T, x.H, x.K)
+    raw, faded = (x.q, x.k, x.a, x.b), (None,) * 4
     if full:
-        made.q, made.k = (x.new(*sequence, dtype=x.store) for _ in range(2))
-        made.k_in, made.b_in, made.a_out = (
-            x.new(*sequence, dtype=x.store) if n else None for n in (delta, dplr, dplr)
-        )
-        made.ends = x.new(x.B * x.H, x.chunks, x.K)
-    with instructions(x.wgmma()):
-        chunk.pairs[(x.chunks, x.B * x.H)](
-            x.q, x.k, x.a, x.b, x.u, x.beta, x.g, x.G_sum, x.seg,
-            *((None,) * 4 if known else (made.A, made.Aa, made.Lk, made.W)),
-            made.q if full else None, made.k_in, made.k if full else None, made.b_in, made.a_out, made.ends,
-            x.T, x.H, x.H // x.G, x.K, min(x.BK, 64), x.C, x.rule, x.decay, x.CT, x.prec,
-            num_warps=pair_warps(x), num_stages=1,
+        fade(x, made, known is not None)
+        faded = (made.q, made.k, made.b_in, made.a_out)
+    for strong in () if known else (False, True) if full else (False,):
+        launch(
+            chunk.pairs, (x.chunks, x.B * x.H),
+            (*raw, *((None,) * 4 if strong else faded), x.u, x.beta, x.g, x.G_sum, x.seg,
+             made.A, made.Aa, made.Lk, made.W, made.ends, x.T),
+            (x.H, x.H // x.G, x.K, min(x.BK, 64), x.BK, x.C, x.rule, x.decay, strong, x.CT, x.prec),
+            4, 1, x.wgmma,
         )  # fmt: skip
     return made
 
 
+def fade(x: Inputs, made: Made, summed: bool) -> None:
+    """Multiplies decays per key into what meets the state."""
+    delta, dplr, sequence = x.rule == "delta", x.rule == "dplr", (x.B, x.T, x.H, x.K)
+    made.q, made.k = (x.new(*sequence, dtype=x.store) for _ in range(2))
+    made.b_in, made.a_out = (x.new(*sequence, dtype=x.store) if n else None for n in (delta or dplr, dplr))
+    made.ends = x.new(x.B * x.H, x.chunks, x.K)
+    made.sums = x.new(*sequence) if summed else None
+    BK = min(x.BK, 64)
+    launch(
+        chunk.fading, (-(-x.K // BK), x.chunks, x.B * x.H),
+        (x.q, x.k, x.a, x.b, x.g, made.q, made.k, made.b_in, made.a_out, made.sums, made.ends, x.T),
+        (x.H, x.H // x.G, x.K, BK, x.C, x.rule, x.shift), 4,
+    )  # fmt: skip
+
+
 @dataclass
 class Parts:
-    """Time cut into `count` parts of `chunks` chunks, and what each does to a state."""
+    """Time cut into `count` parts of `chunks` chunks, and what each does to a state of a corrected memory."""
 
     count: int
     chunks: int
     local: Tensor | None = None  # (B·H, parts, K, width): final states from zero, then transitions
-    decay: Tensor | None = None  # (B·H, parts, K)
-    norm: Tensor | None = None
 
     @property
     def width(self) -> int:
         return self.local.shape[-1]
 
 
-def cut(x: Inputs, made: Made) -> Parts:
-    if x.parts == 1:
-        return Parts(1, x.chunks)
+def divide(x: Inputs) -> Parts:
     chunks = -(-x.chunks // x.parts)
-    p = Parts(-(-x.chunks // chunks), chunks)
-    known = x.blocks * x.BV  # transitions begin on a block's edge
-    p.local = x.new(x.B * x.H, p.count, x.K, x.V if x.rule == "outer" else known + x.K)
-    p.decay = x.new(x.B * x.H, p.count, x.K)
-    p.norm = x.new(x.B * x.H, p.count, x.K) if x.normed else None
-    launch_forward(x, made, p, None, None, local=True, S1=p.local, n1=p.norm)
+    return Parts(-(-x.chunks // chunks), chunks)
+
+
+def cut(x: Inputs, made: Made) -> Parts:
+    p = divide(x)
+    if p.count > 1:
+        known = x.blocks * x.BV  # transitions begin on a block's edge
+        p.local = x.new(x.B * x.H, p.count, x.K, known + x.K)
+        launch_forward(x, made, p, None, local=True, S1=p.local)
     return p
 
 
-def join(x: Inputs, p: Parts, local, nlocal, state, norm, backwards: bool):
+def join(x: Inputs, count: int, local, total, width: int, nlocal, state, norm, backwards: bool):
     """The state (or its gradient) with which each part is entered."""
-    starts = x.new(x.B * x.H, p.count, x.K, x.V)
-    nstarts = x.new(x.B * x.H, p.count, x.K) if x.normed else None
-    corrected = x.rule != "outer"
+    starts = x.new(x.B * x.H, count, x.K, x.V)
+    nstarts = None if nlocal is None else x.new(x.B * x.H, count, x.K)
     BV = min(32, max(16, triton.next_power_of_2(x.V)))
-    with instructions(False):
-        walk.join[(-(-x.V // BV), x.B * x.H)](
-            local, p.local if corrected else p.decay, nlocal, state, norm, starts, nstarts, p.count,
-            local.shape[-1], x.K, x.V, x.BK, BV, x.blocks * x.BV, backwards, corrected, x.normed, p.width,
-            num_warps=4,
-        )  # fmt: skip
+    launch(
+        walk.join, (-(-x.V // BV), x.B * x.H),
+        (local, total, nlocal, state, norm, starts, nstarts, count, local.shape[-1]),
+        (x.K, x.V, x.BK, BV, x.blocks * x.BV, backwards, x.rule != "outer", width), 4, wgmma=False,
+    )  # fmt: skip
     return starts, nstarts
 
 
-def launch_forward(x, made, p, S0, n0, *, local=False, y=None, den=None, S1=None, n1=None, keep=None):
-    """`walk.forward` over all parts; `keep` is (states, normaliser states, errors) to write, or None."""
-    states, nstates, errors = keep or (None, None, None)
+def accumulate(x: Inputs, made: Made, dy=None, fed=None, state=None, norm=None, last: bool = True):
+    """(states, normalisers) before each chunk and after the last one; with dy their gradients, backwards."""
+    back, BH, p = dy is not None, x.B * x.H, divide(x)
+    source = made.q if back else made.k
+    BK, BV = x.state_tile
+
+    def go(S0, n0, states, nstates, S1, n1, total, local):
+        launch(
+            walk.accumulate, (x.state_blocks, p.count, BH),
+            (source, dy if back else x.v, x.G_sum, x.lw, fed, made.ends, x.seg, S0, n0, states, nstates, S1, n1,
+             total, x.T, p.chunks),
+            (x.H, x.H // source.shape[2], x.K, x.V, BK, BV, x.C, x.decay, x.shift, back, local, x.CT, x.prec),
+            4, sum_stages(x), x.wgmma,
+        )  # fmt: skip
+
+    def sums(*shape):
+        return x.new(*shape, x.K) if x.normed else None
+
+    if p.count > 1:
+        local, nlocal, total = x.new(BH, p.count, x.K, x.V), sums(BH, p.count), x.new(BH, p.count, x.K)
+        go(None, None, None, None, local, nlocal, total, True)
+        state, norm = join(x, p.count, local, total, x.K, nlocal, state, norm, back)
+    states, nstates = x.new(BH, x.chunks, x.K, x.V, dtype=x.store), sums(BH, x.chunks)
+    S1, n1 = (x.new(x.B, x.H, x.K, x.V), sums(x.B, x.H)) if last else (None, None)
+    go(state, norm, states, nstates, S1, n1, None, False)
+    return states, nstates, S1, n1
+
+
+def launch_outputs(x: Inputs, made: Made, states, nstates=None, dy=None):
+    """(y, what it was divided by), or with dy and the gradients of states (dv, None)."""
+    back = dy is not None
+    y = torch.empty_like(x.v)
+    den = x.new(x.B, x.T, x.H) if x.normed and not back else None
+    source, other = (made.k, made.q) if back else (made.q, made.k)
+    BV = output_values(x)
+    launch(
+        outputs, (-(-x.V // BV), x.chunks, x.B * x.H),
+        (source, other, dy if back else x.v, x.G_sum, x.lw, x.m, x.seg, made.A, states,
+         None if back else nstates, y, den, x.T),
+        (x.H, x.H // source.shape[2], x.K, x.V, x.BK, BV, x.C, x.decay, x.shift, back, x.CT, x.prec),
+        output_warps(x), 1, x.wgmma,
+    )  # fmt: skip
+    return y, den
+
+
+def launch_forward(x, made, p, S0, *, local=False, y=None, S1=None, keep=(None, None)):
+    """`walk.forward` over all parts; `keep` is (states, errors) to write."""
     blocks = -(-p.width // x.BV) if local else x.blocks
-    with instructions(x.wgmma(p.count)):
-        walk.forward[(blocks, p.count, x.B * x.H)](
-            made.q, made.k, x.v, made.k_in, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.lw, x.m,
-            x.seg, made.A, made.Aa, made.Lk, made.W,
-            S0, n0, y, den, S1, n1, states, nstates, errors, p.decay, x.T, p.chunks,
-            x.H, x.H // made.k.shape[2], x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, int(x.u is not None),
-            x.normed, local, p.width if local else x.V, x.CT, x.prec,
-            num_warps=warps(x), num_stages=stages(x, p),
-        )  # fmt: skip
+    launch(
+        walk.forward, (blocks, p.count, x.B * x.H),
+        (made.q, made.k, x.v, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.seg,
+         made.A, made.Aa, made.Lk, made.W, S0, y, S1, *keep, x.T, p.chunks),
+        (x.H, x.H // made.k.shape[2], x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local,
+         p.width if local else x.V, x.CT, x.prec),
+        warps(x), stages(x), x.wgmma,
+    )  # fmt: skip
 
 
-def launch_reverse(
-    x, made, p, dy, dden, dS1, dn1, *, local=False, dv=None, dx=None, keep=None, dS0=None, dn0=None
-):
-    dstates, dnstates = keep or (None, None)
-    with instructions(x.wgmma(p.count)):
-        walk.reverse[(x.blocks, p.count, x.B * x.H)](
-            made.q, made.k, made.k_in, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.lw, x.seg,
-            made.A, made.Aa, made.Lk, made.W,
-            dy, dden, dS1, dn1, dv, dx, dstates, dnstates, dS0, dn0, x.T, p.chunks,
-            x.H, x.H // made.k.shape[2], x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, int(x.u is not None),
-            x.normed, local, x.CT, x.prec, num_warps=warps(x), num_stages=stages(x, p),
-        )  # fmt: skip
+def launch_reverse(x, made, p, dy, dS1, *, local=False, dv=None, dx=None, dstates=None, dS0=None):
+    launch(
+        walk.reverse, (x.blocks, p.count, x.B * x.H),
+        (made.q, made.k, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.seg,
+         made.A, made.Aa, made.Lk, made.W, dy, dS1, dv, dx, dstates, dS0, x.T, p.chunks),
+        (x.H, x.H // made.k.shape[2], x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local, x.CT, x.prec),
+        warps(x), stages(x), x.wgmma,
+    )  # fmt: skip
 
 
 def warps(x: Inputs) -> int:
@@ -307,15 +346,16 @@ def warps(x: Inputs) -> int:
 
 def wide(x: Inputs) -> int:
     """Warps of the kernels that hold several tiles of a chunk at once."""
-    return 8 if x.rule != "outer" or x.decay == 2 else 4
+    return 8 if x.C == 128 else 4
 
 
-def pair_warps(x: Inputs) -> int:
-    return 8 if x.rule == "dplr" else 4
+def output_warps(x: Inputs) -> int:
+    return 8 if x.C == 128 else 4
 
 
-def gradient_stages(x: Inputs) -> int:
-    return 2 if x.normed and x.CT == tl.bfloat16 else 1
+def output_values(x: Inputs) -> int:
+    """Values a program of `outputs`."""
+    return min(64 if x.CT == tl.bfloat16 else 32, max(x.least[1], triton.next_power_of_2(x.V)))
 
 
 def slice_of_keys(x: Inputs) -> int:
@@ -323,75 +363,102 @@ def slice_of_keys(x: Inputs) -> int:
     return min(64, x.BK)
 
 
-def stages(x: Inputs, p: Parts) -> int:
+def slice_of_values(x: Inputs) -> int:
+    """Values that `gradients` takes at once."""
+    most = 128 if x.CT == tl.bfloat16 else 64
+    return min(most, max(x.least[0], triton.next_power_of_2(x.V)))
+
+
+def stages(x: Inputs) -> int:
     """Chunks whose tiles are on their way to a walk at once."""
-    return 2 if x.CT == tl.bfloat16 and x.BK <= 128 and p.count == 1 else 1
+    return 2 if x.CT == tl.bfloat16 and x.BK <= 128 else 1
 
 
-def start(x: Inputs, p: Parts):
+def sum_stages(x: Inputs) -> int:
+    return 3 if x.CT == tl.bfloat16 else 2
+
+
+def start(x: Inputs, p: Parts) -> Tensor | None:
     if p.count == 1:
-        return x.state, x.norm
-    return join(x, p, p.local, p.norm, x.state, x.norm, False)
+        return x.state
+    return join(x, p.count, p.local, p.local, p.width, None, x.state, None, False)[0]
 
 
 def run(x: Inputs, made: Made) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(y, last state, last normaliser, what y was divided by)."""
+    if x.rule == "outer":
+        states, nstates, S1, n1 = accumulate(x, made, state=x.state, norm=x.norm)
+        y, den = launch_outputs(x, made, states, nstates)
+        return y, S1, n1, den
     p = cut(x, made)
-    S0, n0 = start(x, p)
     y, S1 = torch.empty_like(x.v), x.new(x.B, x.H, x.K, x.V)
-    n1 = x.new(x.B, x.H, x.K) if x.normed else None
-    den = x.new(x.B, x.T, x.H) if x.normed else None
-    launch_forward(x, made, p, S0, n0, y=y, den=den, S1=S1, n1=n1)
-    return y, S1, n1, den
+    launch_forward(x, made, p, start(x, p), y=y, S1=S1)
+    return y, S1, None, None
 
 
 def run_backward(x: Inputs, made: Made, dy, dden, dS1, dn1) -> dict[str, Tensor | None]:
     """Gradients by the names of `Inputs`; "weight" is that of β or of the log write weights."""
+    if x.rule == "outer":
+        states, nstates, _, _ = accumulate(x, made, state=x.state, norm=x.norm, last=False)
+        dstates, dnstates, dS0, dn0 = accumulate(x, made, dy, dden, dS1, dn1)
+        dv, _ = launch_outputs(x, made, dstates, dy=dy)
+        others = rest(x, made, dy, None, dden, None, states, nstates, dstates, dnstates)
+        return {"v": dv, "state": dS0, "norm": dn0, **others}
     p = cut(x, made)
     BH, N = x.B * x.H, x.chunks
     states, dstates = (x.new(BH, N, x.K, x.V, dtype=x.store) for _ in range(2))
-    nstates, dnstates = (x.new(BH, N, x.K) if x.normed else None for _ in range(2))
-    corrected = x.rule != "outer"
-    errors = x.new(*x.v.shape, dtype=x.store) if corrected else None
-    launch_forward(x, made, p, *start(x, p), keep=(states, nstates, errors))
-    dv = torch.empty_like(x.v)
-    dx = torch.empty_like(errors) if x.rule == "dplr" else dv if corrected else None
-    dS0, dn0 = x.new(x.B, x.H, x.K, x.V), x.new(x.B, x.H, x.K) if x.normed else None
+    errors = x.new(*x.v.shape, dtype=x.store)
+    launch_forward(x, made, p, start(x, p), keep=(states, errors))
+    dv, dS0 = torch.empty_like(x.v), x.new(x.B, x.H, x.K, x.V)
+    dx = torch.empty_like(errors) if x.rule == "dplr" else dv
     if p.count > 1:
-        local, nlocal = x.new(BH, p.count, x.K, x.V), x.new(BH, p.count, x.K) if x.normed else None
-        launch_reverse(x, made, p, dy, dden, None, None, local=True, dS0=local, dn0=nlocal)
-        dS1, dn1 = join(x, p, local, nlocal, dS1, dn1, True)
-    launch_reverse(x, made, p, dy, dden, dS1, dn1, dv=dv, dx=dx, keep=(dstates, dnstates), dS0=dS0, dn0=dn0)
-    return {
-        "v": dv,
-        "state": dS0,
-        "norm": dn0,
-        **rest(x, dy, dx, dden, errors, states, nstates, dstates, dnstates),
-    }
+        local = x.new(BH, p.count, x.K, x.V)
+        launch_reverse(x, made, p, dy, None, local=True, dS0=local)
+        dS1, _ = join(x, p.count, local, p.local, p.width, None, dS1, None, True)
+    launch_reverse(x, made, p, dy, dS1, dv=dv, dx=dx, dstates=dstates, dS0=dS0)
+    return {"v": dv, "state": dS0, **rest(x, made, dy, dx, dden, errors, states, None, dstates, None)}
 
 
-def rest(x: Inputs, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> dict[str, Tensor | None]:
+def rest(x, made, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> dict[str, Tensor | None]:
     """All gradients but those of v and the state."""
     BK = slice_of_keys(x)
     blocks, heads = -(-x.K // BK), (x.B, x.T, x.H)
     dq, dk = (x.new(*heads, x.K, dtype=t.dtype) for t in (x.q, x.k))
     da, db = (None if t is None else torch.empty_like(t) for t in (x.a, x.b))
-    dg = None if x.decay == 0 else torch.empty_like(x.g) if x.decay == 2 else x.new(blocks, *heads)
+    dg = None if x.decay == 0 else x.new(blocks, *heads)
+    if x.decay == 2:  # each program reads its sums before it writes its gradients in their place
+        dg = made.sums if x.g.dtype == torch.float32 else torch.empty_like(x.g)
     dweight = x.new(blocks, *heads) if x.rule == "delta" or x.normed else None
     du = None if x.u is None else x.new(x.B, x.H, x.chunks, x.K)
-    with instructions(x.wgmma()):
-        gradients[(x.chunks, blocks, x.B * x.H)](
-            x.q, x.k, x.a, x.b, x.u, x.beta, x.g, x.G_sum, x.lw, x.seg,
-            errors if x.rule == "delta" else x.v, errors, dy, dx, dden, states, nstates, dstates, dnstates,
-            dq, dk, da, db, dg, dweight, du, x.B, x.T,
-            x.H, x.H // x.G, x.K, x.V, BK, min(64, max(x.least[0], triton.next_power_of_2(x.V))), x.C, x.rule,
-            x.decay, x.normed, x.CT, x.prec, num_warps=wide(x), num_stages=gradient_stages(x),
+    w = errors if x.rule == "dplr" else None
+    value = errors if x.rule == "delta" else x.v
+    matrix, corrected = (x.B * x.H, x.chunks, x.C, x.C), x.rule != "outer"
+    needed = (True, corrected, x.rule == "dplr", x.rule == "dplr")
+    P = [x.new(*matrix, dtype=x.store) if n else None for n in needed]
+    BV = slice_of_values(x)
+    faded = (made.q, made.k, made.b_in, made.a_out)
+    launch(
+        weights, (x.chunks, x.B * x.H), (value, w, dy, dx, x.G_sum, x.lw, x.seg, dden, *P, x.T),
+        (x.H, x.V, BV, x.C, x.rule, x.decay, x.shift, x.CT, x.prec), output_warps(x), 1, x.wgmma,
+    )  # fmt: skip
+    for strong in (False, True) if x.decay == 2 else (False,):
+        launch(
+            gradients, (blocks, x.chunks, x.B * x.H),
+            (x.q, x.k, x.a, x.b, *((None,) * 4 if strong or x.decay < 2 else faded), x.u, x.beta, x.g, x.G_sum, x.lw, x.seg, made.sums, made.ends,
+             value, w, dy, dx, dden, states, nstates, dstates, dnstates, *P, dq, dk, da, db, dg, dweight, du, x.B, x.T),
+            (x.H, x.H // x.G, x.K, x.V, BK, BV, x.C, x.rule, x.decay, strong, x.CT, x.prec),
+            wide(x), 1, x.wgmma,
         )  # fmt: skip
     if x.G != x.H:
         dq, dk = (d.view(x.B, x.T, x.G, -1, x.K).sum(3) for d in (dq, dk))
     return {
         "q": dq, "k": dk, "a": da, "b": db,
-        "g": dg if x.decay != 1 else dg.sum(0).to(x.g.dtype),
-        "weight": None if dweight is None else dweight.sum(0),
+        "g": dg if x.decay != 1 else folded(dg).to(x.g.dtype),
+        "weight": None if dweight is None else folded(dweight),
         "u": None if du is None else du.sum((0, 2)).to(x.u.dtype),
     }  # fmt: skip
+
+
+def folded(shares: Tensor) -> Tensor:
+    """The sum over key blocks."""
+    return shares[0] if len(shares) == 1 else shares.sum(0)

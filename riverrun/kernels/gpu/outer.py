@@ -10,6 +10,7 @@ from torch import Tensor
 from riverrun.kernels.library import define
 
 from . import memory, step
+from .launch import launch
 from .memory import Inputs
 
 
@@ -40,7 +41,7 @@ def fake_state(k: Tensor, v: Tensor) -> Tensor:
 
 def fake_pairs(x: Tensor, *others: Tensor) -> Tensor:
     bf16 = all(t.dtype == torch.bfloat16 for t in (x, *others))
-    C = memory.length(bf16)
+    C = memory.length(bf16, False)
     B, T, H = x.shape[:3]
     return x.new_empty(B * H, -(-T // C), C, C, dtype=torch.bfloat16 if bf16 else torch.float32)
 
@@ -121,7 +122,7 @@ def stabilised(
     flag = None if reset is None else reset.contiguous().view(torch.uint8)
     m0 = None if m0 is None else m0.float().contiguous()
     BT = min(1024, max(16, triton.next_power_of_2(T)))
-    stabilise[(B * H,)](f.contiguous(), i.contiguous(), m0, flag, m, g, lw, T, H, BT, num_warps=4)
+    launch(stabilise, (B * H,), (f.contiguous(), i.contiguous(), m0, flag, m, g, lw, T), (H, BT), 4)
     return m, g, lw
 
 
@@ -140,7 +141,7 @@ def _mlstm_backward(q, k, v, f, i, S0, n0, m0, reset, y, S, n, mT, m, g, lw, den
     dnum, dden = torch.empty_like(y), torch.empty_like(m)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     BV, rows = triton.next_power_of_2(y.shape[-1]), m.numel()
-    unnormalise[(-(-rows // 16),)](y, dy, den, m, dnum, dden, rows, y.shape[-1], BV, 16, num_warps=4)
+    launch(unnormalise, (-(-rows // 16),), (y, dy, den, m, dnum, dden, rows), (y.shape[-1], BV, 16), 4)
     x = Inputs("outer", q, k, v, g, lw=lw, m=m, state=S0, norm=n0, reset=reset)
     touched = not (dS is None and dn is None and dm is None)
     if touched:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch as kept
+
 FEW = 8  # steps up to which walking one at a time beats chunks
 
 
@@ -94,10 +96,9 @@ def launch(rule, q, k, v, g=None, a=None, b=None, u=None, beta=None, f=None, i=N
     if rule == "mlstm":
         n1, m1 = S1.new_empty(B, H, K), S1.new_empty(B, H)
     BK, BV = triton.next_power_of_2(K), min(32, triton.next_power_of_2(V))
-    steps[(-(-V // BV), B * H)](
-        *tensors, flag, S0, n0, m0, y, S1, n1, m1, T, H, H // G, K, V, BK, BV, rule,
-        0 if g is None else g.dim() - 2, num_warps=4,
-    )  # fmt: skip
+    decay = 0 if g is None else g.dim() - 2
+    args = (*tensors, flag, S0, n0, m0, y, S1, n1, m1, T)
+    kept.launch(steps, (-(-V // BV), B * H), args, (H, H // G, K, V, BK, BV, rule, decay), 4)
     return (y, S1, n1, m1) if rule == "mlstm" else (y, S1)
 
 

@@ -16,36 +16,24 @@ no exponent is positive, nothing can overflow however strong the forgetting. Sou
 
 from __future__ import annotations
 
-import numba
-import numpy as np
-
 from . import gemm
 from .gemm import SIDE as C
 from .gemm import apart
-from .threads import FASTMATH
+from .memory import small
 
 OUTER, DELTA, DPLR = 0, 1, 2
 
 # rows[...] (C, width), one row a step
 Q, K, R, A, V, Y, DECAY, PREFIX, SUFFIX, QS, KS, RS, AS, X, ERROR = range(15)
-DX, DR, DQ, DK, DRK, DA, TAIL, DG = range(15, 23)
+DX, DR, DQ, DK, DRK, DA, TAIL, DG, ONES = range(15, 24)
 W = ERROR  # what dplr removes; delta has errors before β in its place
-ROWS = 23
+ROWS = 24
 # columns[...] (width, C), one column a step
 KT, AT, XT, WT, YT, RT, OUT = range(7)
 COLUMNS = 7
 # squares[...] (C, C): who reads what from whom, and gradients of the same
-QK, RK, QA, RA, DQK, DRKK, DQA, DRA, SEEN, BEFORE = range(10)
-SQUARES = 10
-
-small = numba.njit(
-    cache=True,
-    error_model="numpy",
-    fastmath=FASTMATH,
-    nogil=True,
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-)
+QK, RK, QA, RA, DQK, DRKK, DQA, DRA = range(8)
+SQUARES = 8
 
 
 @small
@@ -54,115 +42,95 @@ def up4(n):
 
 
 @small
-def decays(mode, bonus, n, wide, rows, squares, by_key):
-    """Products of decays, scaled rows that meet the state, and for one decay a head how well steps see."""
+def decays(mode, bonus, n, wide, rows):
+    """Products of decays, and scaled rows that meet the state. Rows taken out as vectors are vectorised."""
     apart()
     one = rows.dtype.type(1)
     late = mode == DPLR  # r reads before the step's own decay
-    decay, prefix, suffix = rows[DECAY], rows[PREFIX], rows[SUFFIX]
+    rows[ONES, 0] = rows[SUFFIX, n - 1] = one
     for i in range(n):
-        for k in range(wide):
-            before = prefix[i - 1, k] if i else one
-            now = before * decay[i, k]
-            prefix[i, k] = now
-            rows[QS, i, k] = rows[Q, i, k] * (before if bonus else now)
-            if mode:
-                rows[RS, i, k] = rows[R, i, k] * (before if late else now)
+        now, before = rows[PREFIX, i], rows[PREFIX, i - 1] if i else rows[ONES, 0]
+        scale(now, before, rows[DECAY, i], wide)
+        scale(rows[QS, i], rows[Q, i], before if bonus else now, wide)
+        if mode:
+            scale(rows[RS, i], rows[R, i], before if late else now, wide)
     for i in range(n - 1, -1, -1):
-        for k in range(wide):
-            after = suffix[i + 1, k] * decay[i + 1, k] if i < n - 1 else one
-            suffix[i, k] = after
-            rows[KS, i, k] = rows[K, i, k] * after
-            if late:
-                rows[AS, i, k] = rows[A, i, k] * after
-    if not by_key:
-        seen, before_ = squares[SEEN], squares[BEFORE]
-        for i in range(n):
-            for j in range(C):
-                earlier = seen[i - 1, j] if i else 0 * one
-                before_[i, j] = earlier
-                seen[i, j] = earlier * decay[i, 0] if j != i else one
+        after = rows[SUFFIX, i]
+        if i < n - 1:
+            scale(after, rows[SUFFIX, i + 1], rows[DECAY, i + 1], wide)
+        scale(rows[KS, i], rows[K, i], after, wide)
+        if late:
+            scale(rows[AS, i], rows[A, i], after, wide)
 
 
 @small
-def mask(square, n, strict):
-    for i in range(n):
-        for j in range(i if strict else i + 1, C):
-            square[i, j] = 0
+def scale(out, x, by, width):
+    for k in range(width):
+        out[k] = x[k] * by[k]
 
 
 @small
-def multiply(square, other, n):
-    for i in range(n):
-        for j in range(C):
-            square[i, j] *= other[i, j]
-
-
-@small
-def scores(mode, bonus, n, wide, rows, columns, squares, by_key, u, h):
-    """The lower triangular squares QK, RK, QA, RA."""
+def mask(square, n, strict, sign):
+    """± the lower triangle; the rest becomes zero, whatever stood there."""
     apart()
-    m = up4(n)
-    late = mode == DPLR
+    factor = square.dtype.type(sign)
+    for i in range(n):
+        row, last = square[i], i - 1 if strict else i
+        for j in range(C):
+            row[j] = factor * row[j] if j <= last else 0 * factor
+
+
+@small
+def scores(mode, bonus, n, wide, rows, columns, squares, u, h):
+    """The lower triangular squares QK, RK (-RK for delta), QA, RA."""
+    apart()
+    late, r, decay = mode == DPLR, rows[R if mode else Q], rows[DECAY]
     gemm.transpose(columns[KT], rows[K], wide)
+    gemm.read_decaying(squares[QK], squares[RK], columns[KT], decay, rows[Q], r, n, wide, bonus, late)
+    mask(squares[QK], n, bonus, 1)
+    if mode:
+        mask(squares[RK], n, True, -1 if mode == DELTA else 1)
     if late:
         gemm.transpose(columns[AT], rows[A], wide)
-    if by_key:
-        r, decay = rows[R if mode else Q], rows[DECAY]
-        gemm.read_decaying(squares[QK], squares[RK], columns[KT], decay, rows[Q], r, n, wide, bonus, late)
-        if late:
-            gemm.read_decaying(squares[QA], squares[RA], columns[AT], decay, rows[Q], r, n, wide, False, True)
-    else:
-        gemm.put(squares[QK], rows[Q], columns[KT], m, C, wide)
-        multiply(squares[QK], squares[BEFORE if bonus else SEEN], n)
-        if mode:
-            gemm.put(squares[RK], rows[R], columns[KT], m, C, wide)
-            multiply(squares[RK], squares[BEFORE if late else SEEN], n)
-        if late:
-            gemm.put(squares[QA], rows[Q], columns[AT], m, C, wide)
-            multiply(squares[QA], squares[SEEN], n)
-            gemm.put(squares[RA], rows[R], columns[AT], m, C, wide)
-            multiply(squares[RA], squares[BEFORE], n)
-    mask(squares[QK], n, bonus)
-    if mode:
-        mask(squares[RK], n, True)
-    if late:
-        mask(squares[QA], n, False)
-        mask(squares[RA], n, True)
-    if bonus:
-        for i in range(n):
-            own = u[0, 0] * 0
-            for k in range(u.shape[1]):
-                own += rows[Q, i, k] * u[h, k] * rows[K, i, k]
-            squares[QK, i, i] = own
+        gemm.read_decaying(squares[QA], squares[RA], columns[AT], decay, rows[Q], r, n, wide, False, True)
+        mask(squares[QA], n, False, 1)
+        mask(squares[RA], n, True, 1)
+    for i in range(n if bonus else 0):
+        q, key, weight = rows[Q, i], rows[K, i], u[h]
+        own = 0 * q[0]
+        for k in range(weight.shape[0]):
+            own += q[k] * weight[k] * key[k]
+        squares[QK, i, i] = own
 
 
 @small
 def solve(mode, n, wide, broad, rows, squares, beta, b, t, h, S):
-    """What is written: X for delta (and the error before β), W for dplr."""
+    """What is written: X for delta (and the error before β), W for dplr. Row by row, but what four rows
+    take from those before them is a product."""
     apart()
-    m = up4(n)
-    if mode == DELTA:
-        error, x = rows[ERROR], rows[X]
-        gemm.put(error, rows[RS], S, m, broad, wide)
+    m, delta = up4(n), mode == DELTA
+    w, x = rows[W], rows[X if delta else W]  # what is solved for is x; it makes w
+    square = squares[RK if delta else RA]
+    gemm.put(w, rows[RS], S, m, broad, wide)
+    if delta:
         for i in range(n):
+            error, value = w[i], rows[V, i]
             for v in range(broad):
-                error[i, v] = rows[V, i, v] - error[i, v]
-            for j in range(i):
-                weight = squares[RK, i, j]
-                for v in range(broad):
-                    error[i, v] -= weight * x[j, v]
-            for v in range(broad):
-                x[i, v] = beta[b, t + i, h, 0] * error[i, v]
-    elif mode == DPLR:
-        w = rows[W]
-        gemm.put(w, rows[RS], S, m, broad, wide)
+                error[v] = value[v] - error[v]
+    else:
         gemm.add(w, squares[RK], rows[V], m, broad, n)
-        for i in range(n):
-            for j in range(i):
-                weight = squares[RA, i, j]
+    for lo in range(0, n, 4):
+        if lo:
+            gemm.add(w[lo:], square[lo:], x, 4, broad, lo)
+        for i in range(lo, min(lo + 4, n)):
+            to, own = w[i], x[i]
+            for j in range(lo, i):
+                weight, row = square[i, j], x[j]
                 for v in range(broad):
-                    w[i, v] += weight * w[j, v]
+                    to[v] += weight * row[v]
+            if delta:
+                for v in range(broad):
+                    own[v] = beta[b, t + i, h, 0] * to[v]
 
 
 @small
@@ -177,18 +145,10 @@ def read(mode, n, wide, broad, rows, squares, S):
 
 
 @small
-def write(mode, n, wide, broad, rows, S):
-    """The state moves to the block's end."""
+def write(mode, n, wide, broad, rows, S, old):
+    """S is the state `old` at the block's end."""
     apart()
-    gemm.scale_add_turned(S, rows[PREFIX, n - 1], rows[KS], rows[X if mode == DELTA else V], wide, broad, n)
+    x = rows[X if mode == DELTA else V]
+    gemm.scale_add_turned(S, old, rows[PREFIX, n - 1], rows[KS], x, wide, broad, n)
     if mode == DPLR:
         gemm.add_turned(S, rows[AS], rows[W], wide, broad, n)
-
-
-@small
-def aligned(size, like):
-    """Zeros that start where a cache line does."""
-    apart()
-    room = np.zeros(size + 16, like.dtype)
-    start = (-room.ctypes.data % 64) // room.itemsize
-    return room[start : start + size]

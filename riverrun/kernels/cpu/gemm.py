@@ -1,33 +1,36 @@
 """Products and transposes of blocks that lie in the cache, in vector registers from end to end.
 
-    product(out, A, B, ...)       out (m, n) = [out, scaled by row, +] A (m, depth) B (depth, n)
-    transposed(out, x, width)     out (width, 16) = x (16, width)ᵀ
+    put                out  = A B                       add_turned         out += Aᵀ B
+    add                out += A B                       scale_add_turned   out  = diag(scale) old + Aᵀ B
+    scale_add          out  = diag(scale) old + A B     transpose          out (width, 16) = x (16, width)ᵀ
 
-A may be read transposed. m is a multiple of 4, n and width of 16. Left to itself the compiler keeps sums in
-memory and uses half of a 512-bit vector; here a tile of sums, rows × vectors, stays in registers through all
-of depth. Every sum runs over depth in order, so its bits depend neither on the tile nor on who has which
-columns.
+out is (m, n), the sum is over `depth`; m is a multiple of 4, n and width of 16; rows may lie apart,
+neighbours in a row may not. Left to itself the compiler keeps sums in memory and uses half of a 512-bit
+vector; here a tile of sums, rows × vectors, stays in registers through all of depth. Every sum runs over
+depth in order, so its bits depend neither on the tile nor on who has which columns.
+
+Each of these is one LLVM function that every kernel of a module calls: what calls it compiles no copy of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-SET, ADD, SCALE = 0, 1, 2  # what becomes of `out`: replaced, added to, scaled by row and added to
+SET, ADD, SCALE = 0, 1, 2  # what sums start from: zero, `out`, `old` scaled by row
 SIDE = 16  # steps in a block, and the side of the squares in which matrices are transposed
 
 _WIDE = llvm.get_host_cpu_features().get("avx512f", False) if llvm.get_process_triple() else False
 BYTES = 64 if _WIDE else 32
 # (rows, vectors) of the tiles, the wide ones for as long as they fit
-TILES = [(4, 4), (8, 1), (4, 1)] if _WIDE else [(4, 2), (8, 1), (4, 1)]
+TILES = [(4, 4), (16, 1), (8, 1), (4, 1)] if _WIDE else [(4, 2), (8, 1), (4, 1)]
 FLAGS = ("contract", "nsz")
 WORD = ir.IntType(64)
 
@@ -37,31 +40,58 @@ def _word(i: int) -> ir.Constant:
 
 
 class _Matrix:
-    """A C-ordered 2-D array while code is being made: its pointer, row stride and vector type."""
+    """A matrix while code is being made: the pointer to its first number, and the numbers from row to row."""
 
-    def __init__(self, context: Any, builder: Any, kind: Any, value: Any):
-        array = context.make_array(kind)(context, builder, value)
-        self.builder, self.data = builder, array.data
-        self.stride = cgutils.unpack_tuple(builder, array.shape)[-1]
-        self.number = context.get_value_type(kind.dtype)
-        self.size = context.get_abi_sizeof(self.number)
+    def __init__(self, builder: Any, data: Any, stride: Any):
+        self.builder, self.data, self.stride = builder, data, stride
+        self.number = data.type.pointee
+        self.size = 4 if isinstance(self.number, ir.FloatType) else 8
         self.lanes = BYTES // self.size
 
     def at(self, row: Any, column: Any, lanes: int = 0) -> Any:
         """A pointer to an element, or to `lanes` of them."""
         offset = self.builder.add(self.builder.mul(row, self.stride), column)
         pointer = self.builder.gep(self.data, [offset])
-        return (
-            self.builder.bitcast(pointer, ir.VectorType(self.number, lanes).as_pointer())
-            if lanes
-            else pointer
-        )
+        if not lanes:
+            return pointer
+        return self.builder.bitcast(pointer, ir.VectorType(self.number, lanes).as_pointer())
 
     def load(self, row: Any, column: Any, lanes: int) -> Any:
         return self.builder.load(self.at(row, column, lanes), align=self.size)
 
     def store(self, value: Any, row: Any, column: Any, lanes: int) -> None:
         self.builder.store(value, self.at(row, column, lanes), align=self.size)
+
+
+def _call(name: str, context: Any, builder: Any, signature: Any, args: Any, body: Callable[..., None]) -> Any:
+    """Call body's code as a function of the module, made when first asked for.
+
+    Arrays travel as two arguments, a pointer and a row's stride (1 for vectors), and reach `body` as
+    matrices.
+    """
+    given, arrays = [], []
+    for kind, value in zip(signature.args, args, strict=True):
+        arrays.append(isinstance(kind, types.Array))
+        if arrays[-1]:
+            array = context.make_array(kind)(context, builder, value)
+            size = context.get_abi_sizeof(context.get_value_type(kind.dtype))
+            stride = cgutils.unpack_tuple(builder, array.strides)[0]
+            given += [array.data, builder.sdiv(stride, _word(size), flags=["exact"])]
+        else:
+            given.append(context.cast(builder, value, kind, types.intp))
+    name = f"riverrun_{name}_{signature.args[0].dtype}"
+    function = builder.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(ir.VoidType(), [x.type for x in given])
+        function = ir.Function(builder.module, kind, name)
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block())
+        rest = iter(function.args)
+        body(inner, *(_Matrix(inner, next(rest), next(rest)) if array else next(rest) for array in arrays))
+        inner.ret_void()
+    builder.call(function, given)
+    return context.get_dummy_value()
 
 
 def _splat(builder: Any, x: Any, lanes: int) -> Any:
@@ -86,84 +116,117 @@ def _while_fits(builder: Any, place: Any, limit: Any, step: int):
     builder.position_at_end(done)
 
 
+@contextmanager
+def _sums(builder: Any, start: list[Any], depth: Any):
+    """A loop over d < depth; the body appends to `new` what the sums become. Sums of no terms stay."""
+    before, loop, done = (builder.block, *(builder.append_basic_block(n) for n in ("depth", "deep")))
+    builder.cbranch(builder.icmp_signed("<", _word(0), depth), loop, done)
+    builder.position_at_end(loop)
+    d = builder.phi(WORD)
+    sums, new, ends = [builder.phi(x.type) for x in start], [], []
+    yield d, sums, new, ends
+    after = builder.add(d, _word(1))
+    d.add_incoming(_word(0), before)
+    d.add_incoming(after, loop)
+    for phi, first, following in zip(sums, start, new, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", after, depth), loop, done)
+    builder.position_at_end(done)
+    for first, following in zip(start, new, strict=True):
+        end = builder.phi(first.type)
+        end.add_incoming(first, before)
+        end.add_incoming(following, loop)
+        ends.append(end)
+
+
 def _tile(
-    builder: Any, out: _Matrix, a: Any, B: _Matrix, scale: Any, at: tuple, depth: Any, shape: tuple, mode
+    builder: Any,
+    out: _Matrix,
+    old: _Matrix,
+    scale: Any,
+    a: Any,
+    B: _Matrix,
+    at: tuple,
+    depth: Any,
+    shape,
+    mode,
 ):
     """One tile of `out` at (i, j). a(row, d) gives a pointer to A's element."""
     (i, j), (rows, vectors) = at, shape
-    lanes, vector = out.lanes, ir.VectorType(out.number, out.lanes)
+    lanes = out.lanes
     row = [builder.add(i, _word(r)) for r in range(rows)]
     column = [builder.add(j, _word(c * lanes)) for c in range(vectors)]
-    zero = ir.Constant(vector, None)
     start: list[Any] = []
     for r in row:
         for c in column:
             if mode == SET:
-                start.append(zero)
+                start.append(ir.Constant(ir.VectorType(out.number, lanes), None))
             elif mode == ADD:
                 start.append(out.load(r, c, lanes))
             else:
-                factor = _splat(builder, builder.load(builder.gep(scale, [r])), lanes)
-                start.append(builder.fmul(out.load(r, c, lanes), factor))
-    before, loop, done = (
-        builder.block,
-        builder.append_basic_block("depth"),
-        builder.append_basic_block("deep"),
-    )
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    d = builder.phi(WORD)
-    sums = [builder.phi(vector) for _ in start]
-    right = [B.load(d, c, lanes) for c in column]
-    left = [_splat(builder, builder.load(a(r, d)), lanes) for r in row]
-    new = [
-        builder.fadd(s, builder.fmul(left[n // vectors], right[n % vectors], flags=FLAGS), flags=FLAGS)
-        for n, s in enumerate(sums)
-    ]
-    after = builder.add(d, _word(1))
-    d.add_incoming(_word(0), before)
-    d.add_incoming(after, loop)
-    for s, first, following in zip(sums, start, new, strict=True):
-        s.add_incoming(first, before)
-        s.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", after, depth), loop, done)
-    builder.position_at_end(done)
-    for n, value in enumerate(new):
+                factor = _splat(builder, builder.load(builder.gep(scale.data, [r])), lanes)
+                start.append(builder.fmul(old.load(r, c, lanes), factor))
+    with _sums(builder, start, depth) as (d, sums, new, ends):
+        right = [B.load(d, c, lanes) for c in column]
+        left = [_splat(builder, builder.load(a(r, d)), lanes) for r in row]
+        new += [
+            builder.fadd(s, builder.fmul(left[n // vectors], right[n % vectors], flags=FLAGS), flags=FLAGS)
+            for n, s in enumerate(sums)
+        ]
+    for n, value in enumerate(ends):
         out.store(value, row[n // vectors], column[n % vectors], lanes)
 
 
-def _product(turned: bool, mode: int) -> Any:
-    """The intrinsic for one way of reading A and one of writing `out`."""
+def _tiles(turned: bool, mode: int) -> Callable[..., None]:
+    """The body of a product, for one way of reading A and one of starting sums."""
+
+    def body(builder, out, old, scale, A, B, m, n, depth):
+        def a(row, d):
+            return A.at(d, row) if turned else A.at(row, d)
+
+        j, i = (cgutils.alloca_once_value(builder, _word(0)) for _ in range(2))
+        for vectors in sorted({v for _, v in TILES}, reverse=True):
+            with _while_fits(builder, j, n, vectors * out.lanes) as column:
+                builder.store(_word(0), i)
+                for shape in (t for t in TILES if t[1] == vectors):
+                    with _while_fits(builder, i, m, shape[0]) as row:
+                        _tile(builder, out, old, scale, a, B, (row, column), depth, shape, mode)
+
+    return body
+
+
+def _plain(name: str, turned: bool, mode: int) -> Any:
+    tiles = _tiles(turned, mode)
+
+    def body(builder, out, A, B, m, n, depth):
+        tiles(builder, out, None, None, A, B, m, n, depth)
 
     @intrinsic
-    def multiply(typing, out, A, B, scale, m, n, depth):
+    def product(typing, out, A, B, m, n, depth):
         def make(context, builder, signature, args):
-            C, left, right = (
-                _Matrix(context, builder, k, v) for k, v in zip(signature.args[:3], args[:3], strict=True)
-            )
-            factors = context.make_array(signature.args[3])(context, builder, args[3]).data
-            m, n, depth = args[4:]
+            return _call(name, context, builder, signature, args, body)
 
-            def a(row, d):
-                return left.at(d, row) if turned else left.at(row, d)
+        return types.void(out, A, B, m, n, depth), make
 
-            j = cgutils.alloca_once_value(builder, _word(0))
-            i = cgutils.alloca_once_value(builder, _word(0))
-            for vectors in sorted({v for _, v in TILES}, reverse=True):
-                with _while_fits(builder, j, n, vectors * C.lanes) as column:
-                    builder.store(_word(0), i)
-                    for shape in (t for t in TILES if t[1] == vectors):
-                        with _while_fits(builder, i, m, shape[0]) as row:
-                            _tile(builder, C, a, right, factors, (row, column), depth, shape, mode)
-            return context.get_dummy_value()
-
-        return types.void(out, A, B, scale, m, n, depth), make
-
-    return multiply
+    return product
 
 
-_set, _add, _scale = (_product(False, mode) for mode in (SET, ADD, SCALE))
-_set_turned, _add_turned, _scale_turned = (_product(True, mode) for mode in (SET, ADD, SCALE))
+def _scaled(name: str, turned: bool) -> Any:
+    body = _tiles(turned, SCALE)
+
+    @intrinsic
+    def product(typing, out, old, scale, A, B, m, n, depth):
+        def make(context, builder, signature, args):
+            return _call(name, context, builder, signature, args, body)
+
+        return types.void(out, old, scale, A, B, m, n, depth), make
+
+    return product
+
+
+put, add, add_turned = _plain("put", False, SET), _plain("add", False, ADD), _plain("add_turned", True, ADD)
+scale_add, scale_add_turned = _scaled("scale_add", False), _scaled("scale_add_turned", True)
 
 
 @intrinsic
@@ -177,46 +240,6 @@ def apart(typing):
     return types.void(), make
 
 
-small = numba.njit(
-    cache=True, error_model="numpy", fastmath=set(FLAGS), no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
-
-
-@small
-def put(out, A, B, m, n, depth):
-    """out = A B"""
-    apart()
-    _set(out, A, B, out[0], m, n, depth)
-
-
-@small
-def add(out, A, B, m, n, depth):
-    """out += A B"""
-    apart()
-    _add(out, A, B, out[0], m, n, depth)
-
-
-@small
-def add_turned(out, A, B, m, n, depth):
-    """out += Aᵀ B"""
-    apart()
-    _add_turned(out, A, B, out[0], m, n, depth)
-
-
-@small
-def put_turned(out, A, B, m, n, depth):
-    """out = Aᵀ B"""
-    apart()
-    _set_turned(out, A, B, out[0], m, n, depth)
-
-
-@small
-def scale_add_turned(out, scale, A, B, m, n, depth):
-    """out = diag(scale) out + Aᵀ B"""
-    apart()
-    _scale_turned(out, A, B, scale, m, n, depth)
-
-
 def _interleave(side: int, half: int, low: bool) -> list[int]:
     """Which of two rows' elements stand where after one stage of a transpose by halves."""
     return [
@@ -225,102 +248,76 @@ def _interleave(side: int, half: int, low: bool) -> list[int]:
     ]
 
 
-@intrinsic
-def _turn(typing, out, x, i, j):
+def _turn(builder: Any, out: _Matrix, x: _Matrix, i: Any, j: Any) -> None:
     """The square of x at (i, j) into out at (j, i)."""
-
-    def make(context, builder, signature, args):
-        to, source = (
-            _Matrix(context, builder, k, v) for k, v in zip(signature.args[:2], args[:2], strict=True)
+    rows = [x.load(builder.add(i, _word(r)), j, SIDE) for r in range(SIDE)]
+    half = SIDE // 2
+    while half:
+        low, high = (
+            ir.Constant(ir.VectorType(ir.IntType(32), SIDE), _interleave(SIDE, half, side))
+            for side in (True, False)
         )
-        i, j = args[2:]
-        rows = [source.load(builder.add(i, _word(r)), j, SIDE) for r in range(SIDE)]
-        half = SIDE // 2
-        while half:
-            low, high = (
-                ir.Constant(ir.VectorType(ir.IntType(32), SIDE), _interleave(SIDE, half, side))
-                for side in (True, False)
-            )
-            for r in range(SIDE):
-                if not r & half:
-                    a, b = rows[r], rows[r + half]
-                    rows[r], rows[r + half] = (
-                        builder.shuffle_vector(a, b, low),
-                        builder.shuffle_vector(a, b, high),
-                    )
-            half //= 2
-        for r, row in enumerate(rows):
-            to.store(row, builder.add(j, _word(r)), i, SIDE)
-        return context.get_dummy_value()
-
-    return types.void(out, x, i, j), make
+        for r in range(SIDE):
+            if not r & half:
+                a, b = rows[r], rows[r + half]
+                rows[r], rows[r + half] = (
+                    builder.shuffle_vector(a, b, low),
+                    builder.shuffle_vector(a, b, high),
+                )
+        half //= 2
+    for r, row in enumerate(rows):
+        out.store(row, builder.add(j, _word(r)), i, SIDE)
 
 
-@small
-def transpose(out, x, width):
-    """out (width, SIDE) = x (SIDE, width)ᵀ"""
-    for j in range(0, width, SIDE):
-        _turn(out, x, 0, j)
+def _transpose(name: str, back: bool) -> Any:
+    def body(builder, out, x, width):
+        place = cgutils.alloca_once_value(builder, _word(0))
+        with _while_fits(builder, place, width, SIDE) as here:
+            _turn(builder, out, x, *((here, _word(0)) if back else (_word(0), here)))
+
+    @intrinsic
+    def turn(typing, out, x, width):
+        def make(context, builder, signature, args):
+            return _call(name, context, builder, signature, args, body)
+
+        return types.void(out, x, width), make
+
+    return turn
 
 
-@small
-def transpose_back(out, x, width):
-    """out (SIDE, width) = x (width, SIDE)ᵀ"""
-    for i in range(0, width, SIDE):
-        _turn(out, x, i, 0)
+transpose = _transpose("transpose", False)
+transpose_back = _transpose("transpose_back", True)  # out (SIDE, width) = x (width, SIDE)ᵀ
+
+
+def _decaying(builder, out_q, out_r, keys, decay, q, r, n, wide, late_q, late_r):
+    vector = ir.VectorType(keys.number, SIDE)
+    places = ir.Constant(ir.VectorType(WORD, SIDE), list(range(SIDE)))
+    ones, zero = ir.Constant(vector, [1.0] * SIDE), ir.Constant(vector, None)
+    row = cgutils.alloca_once_value(builder, _word(0))
+    with _while_fits(builder, row, n, 1) as i:
+        past = builder.icmp_signed("<", places, _splat(builder, i, SIDE))
+        with _sums(builder, [zero, zero], wide) as (k, sums, new, ends):
+            old = keys.load(k, _word(0), SIDE)
+            factor = builder.select(past, _splat(builder, builder.load(decay.at(i, k)), SIDE), ones)
+            now = builder.fmul(old, factor)
+            keys.store(now, k, _word(0), SIDE)
+            for total, x, late in zip(sums, (q, r), (late_q, late_r), strict=True):
+                weight = _splat(builder, builder.load(x.at(i, k)), SIDE)
+                late = builder.icmp_signed("!=", late, _word(0))
+                product = builder.fmul(weight, builder.select(late, old, now), flags=FLAGS)
+                new.append(builder.fadd(total, product, flags=FLAGS))
+        for out, end in zip((out_q, out_r), ends, strict=True):
+            out.store(end, i, _word(0), SIDE)
 
 
 @intrinsic
-def _read_decaying(typing, out_q, out_r, keys, decay, q, r, i, wide, late_q, late_r):
-    """Row i of both outs, one pass over the keys (wide, SIDE), whose columns before i decay on the way."""
-
-    def make(context, builder, signature, args):
-        to_q, to_r, key, d, left_q, left_r = (
-            _Matrix(context, builder, t, x) for t, x in zip(signature.args[:6], args[:6], strict=True)
-        )
-        i, wide, late_q, late_r = args[6:]
-        vector = ir.VectorType(key.number, SIDE)
-        places = ir.Constant(ir.VectorType(WORD, SIDE), list(range(SIDE)))
-        past = builder.icmp_signed("<", places, _splat(builder, i, SIDE))
-        ones = ir.Constant(vector, [1.0] * SIDE)
-        before, loop, done = (
-            builder.block,
-            builder.append_basic_block("keys"),
-            builder.append_basic_block("read"),
-        )
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k, sum_q, sum_r = builder.phi(WORD), builder.phi(vector), builder.phi(vector)
-        old = key.load(k, _word(0), SIDE)
-        factor = builder.select(past, _splat(builder, builder.load(d.at(i, k)), SIDE), ones)
-        new = builder.fmul(old, factor)
-        key.store(new, k, _word(0), SIDE)
-        sums = []
-        for total, x, late in ((sum_q, left_q, late_q), (sum_r, left_r, late_r)):
-            weight = _splat(builder, builder.load(x.at(i, k)), SIDE)
-            product = builder.fmul(weight, builder.select(late, old, new), flags=FLAGS)
-            sums.append(builder.fadd(total, product, flags=FLAGS))
-        after = builder.add(k, _word(1))
-        k.add_incoming(_word(0), before)
-        k.add_incoming(after, loop)
-        for phi, value in zip((sum_q, sum_r), sums, strict=True):
-            phi.add_incoming(ir.Constant(vector, None), before)
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", after, wide), loop, done)
-        builder.position_at_end(done)
-        to_q.store(sums[0], i, _word(0), SIDE)
-        to_r.store(sums[1], i, _word(0), SIDE)
-        return context.get_dummy_value()
-
-    return types.void(out_q, out_r, keys, decay, q, r, i, wide, late_q, late_r), make
-
-
-@small
-def read_decaying(out_q, out_r, keys, decay, q, r, n, wide, late_q, late_r):
+def read_decaying(typing, out_q, out_r, keys, decay, q, r, n, wide, late_q, late_r):
     """out[i, j] = Σ_k x_ik keys_kj Π_{j < s ≤ i} decay_sk for x = q and r; up to i - 1 only where x is late.
 
     keys (wide, SIDE) are decayed in place. Columns j > i, and j = i where x is late, hold no meaning.
     """
-    apart()
-    for i in range(n):
-        _read_decaying(out_q, out_r, keys, decay, q, r, i, wide, late_q, late_r)
+
+    def make(context, builder, signature, args):
+        return _call("read_decaying", context, builder, signature, args, _decaying)
+
+    return types.void(out_q, out_r, keys, decay, q, r, n, wide, late_q, late_r), make

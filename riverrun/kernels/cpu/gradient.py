@@ -9,9 +9,8 @@ block.
 from __future__ import annotations
 
 from . import gemm
-from .block import (  # fmt: skip
+from .block import (
     AS,
-    BEFORE,
     DA,
     DECAY,
     DELTA,
@@ -28,6 +27,7 @@ from .block import (  # fmt: skip
     DX,
     ERROR,
     KS,
+    ONES,
     OUT,
     PREFIX,
     QA,
@@ -37,7 +37,6 @@ from .block import (  # fmt: skip
     RK,
     RS,
     RT,
-    SEEN,
     SUFFIX,
     TAIL,
     WT,
@@ -52,44 +51,55 @@ from .block import (  # fmt: skip
     X,
     Y,
     mask,
-    multiply,
-    small,
+    scale,
     up4,
 )
 from .gemm import SIDE as C
 from .gemm import apart
+from .memory import dot, small
 
 
 @small
 def solve_back(mode, n, wide, broad, rows, squares, beta, dbeta, dS, b, at, t, h):
     """Gradients of what is written, DX (then of v), and of what r reads, DR. rows[Y] holds dy."""
     apart()
-    m = up4(n)
+    m, delta = up4(n), mode == DELTA
     dx, dr = rows[DX], rows[DR]
+    solved, square = rows[DX if delta else DR], squares[RK if delta else RA]
     gemm.put(dx, rows[KS], dS, m, broad, wide)
     gemm.add_turned(dx, squares[QK], rows[Y], m, broad, n)
-    if mode == DELTA:
-        for i in range(n - 1, -1, -1):
-            for j in range(i + 1, n):
-                weight = squares[RK, j, i]
-                for v in range(broad):
-                    dx[i, v] -= weight * dx[j, v]
-            total = dx[0, 0] * 0
-            for v in range(broad):
-                total += dx[i, v] * rows[ERROR, i, v]
-            dbeta[at, t + i, h, 0] = total
-            for v in range(broad):
-                dx[i, v] *= beta[b, t + i, h, 0]
-                dr[i, v] = -dx[i, v]
-    elif mode == DPLR:
+    if not delta:
         gemm.put(dr, rows[AS], dS, m, broad, wide)
         gemm.add_turned(dr, squares[QA], rows[Y], m, broad, n)
-        for i in range(n - 1, -1, -1):
-            for j in range(i + 1, n):
-                weight = squares[RA, j, i]
+    for lo in range((n - 1) // 4 * 4, -1, -4):
+        hi = min(lo + 4, n)
+        if hi < n:
+            gemm.add_turned(solved[lo:], square[hi:, lo:], solved[hi:], 4, broad, n - hi)
+        for i in range(hi - 1, lo - 1, -1):
+            to, own = solved[i], dr[i]
+            for j in range(i + 1, hi):
+                weight, row = square[j, i], solved[j]
                 for v in range(broad):
-                    dr[i, v] += weight * dr[j, v]
+                    to[v] += weight * row[v]
+            if delta:
+                dbeta[at, t + i, h, 0] = dot(to, rows[ERROR, i], broad)
+                for v in range(broad):
+                    to[v] *= beta[b, t + i, h, 0]
+                    own[v] = -to[v]
+    if not delta:
         gemm.add_turned(dx, squares[RK], dr, m, broad, n)
+
+
+@small
+def join(out, x, y, width):
+    for k in range(width):
+        out[k] += x[k] * y[k]
+
+
+@small
+def part(out, x, y, width):
+    for k in range(width):
+        out[k] -= x[k] * y[k]
 
 
 @small
@@ -120,142 +130,97 @@ def through_state(mode, bonus, n, wide, broad, rows, columns, squares, S, dS):
         gemm.put(squares[DQA], rows[Y], columns[WT], m, C, broad)
         gemm.put(squares[DRA], rows[DR], columns[WT], m, C, broad)
         against(dS, columns[WT], rows[DA], columns, wide, broad)
-    one = rows.dtype.type(1)
-    prefix, suffix, tail = rows[PREFIX], rows[SUFFIX], rows[TAIL, 0]
+    prefix, tail = rows[PREFIX], rows[TAIL, 0]
     for k in range(wide):
-        kept = 0 * one
-        for v in range(broad):
-            kept += S[k, v] * dS[k, v]
-        tail[k] = prefix[n - 1, k] * kept
+        tail[k] = prefix[n - 1, k] * dot(S[k], dS[k], broad)
     for i in range(n):
-        for k in range(wide):
-            before = prefix[i - 1, k] if i else one
-            tail[k] += rows[KS, i, k] * rows[DK, i, k]
-            rows[DQ, i, k] *= before if bonus else prefix[i, k]
-            rows[DK, i, k] *= suffix[i, k]
-            if mode:
-                rows[DRK, i, k] *= before if late else prefix[i, k]
-            if late:
-                tail[k] += rows[AS, i, k] * rows[DA, i, k]
-                rows[DA, i, k] *= suffix[i, k]
-    gemm.scale_add_turned(dS, prefix[n - 1], rows[QS], rows[Y], wide, broad, n)
+        before, now = prefix[i - 1] if i else rows[ONES, 0], prefix[i]
+        to_k, to_a = rows[DK, i], rows[DA, i]
+        join(tail, rows[KS, i], to_k, wide)
+        if late:
+            join(tail, rows[AS, i], to_a, wide)
+            scale(to_a, to_a, rows[SUFFIX, i], wide)
+        scale(to_k, to_k, rows[SUFFIX, i], wide)
+        scale(rows[DQ, i], rows[DQ, i], before if bonus else now, wide)
+        if mode:
+            scale(rows[DRK, i], rows[DRK, i], before if late else now, wide)
+    gemm.scale_add_turned(dS, dS, prefix[n - 1], rows[QS], rows[Y], wide, broad, n)
     if mode:
         gemm.add_turned(dS, rows[RS], rows[DR], wide, broad, n)
 
 
 @small
-def pairs_by_head(square, seen, strict, x, keys, dx, dkeys, n, wide):
-    """Gradients of x and keys through square[i, j] = seen[i, j] x_i·key_j."""
-    m = up4(n)
-    multiply(square, seen, n)
-    mask(square, n, strict)
-    gemm.add(dx, square, keys, m, wide, n)
-    gemm.add_turned(dkeys, square, x, m, wide, n)
-
-
-@small
-def pairs_by_key(square, late, strict, x, keys, dx, dkeys, decay, moved, n, wide):
-    """The same with a decay for each key; `late` reads before the step's own decay. moved is scratch."""
+def pairs(square, late, strict, x, keys, dx, dkeys, decay, moved, n, wide):
+    """Gradients of x and keys through square[i, j] = Σ_k x_ik keys_jk Π_{j < s ≤ i} decay_sk, up to i - 1
+    only where x is `late`: it reads before the step's own decay. moved is scratch."""
     apart()
-    mask(square, n, strict)
-    for j in range(n):
-        for k in range(wide):
-            moved[j, k] = keys[j, k]
+    mask(square, n, strict, 1)
     for i in range(n):
-        for j in range(i + 1):
-            weight = square[i, j]
+        own, to, passing = moved[i], dx[i], decay[i]
+        for j in range(i):
+            weight, key = square[i, j], moved[j]
             for k in range(wide):
-                key = moved[j, k]
-                now = key * decay[i, k] if j < i else key
-                moved[j, k] = now
-                dx[i, k] += weight * (key if late else now)
-    for i in range(n):
+                old = key[k]
+                now = old * passing[k]
+                key[k] = now
+                to[k] += weight * (old if late else now)
+        weight, key = square[i, i], keys[i]
         for k in range(wide):
-            moved[i, k] = x[i, k]
+            own[k] = key[k]
+            to[k] += weight * key[k]
     for j in range(n - 1, -1, -1):
-        for i in range(j, n):
-            weight = square[i, j]
-            last = i - 1 if late else i  # x_i meets key_j through the decays of steps j + 1 to `last`
-            for k in range(wide):
-                now = moved[i, k] * decay[j + 1, k] if j < last else moved[i, k]
-                moved[i, k] = now
-                dkeys[j, k] += weight * now
+        own, to, key = moved[j], dkeys[j], x[j]
+        weight = square[j, j]
+        for k in range(wide):
+            own[k] = key[k]
+            to[k] += weight * key[k]
+        if j < n - 1:
+            passing = decay[j + 1]
+            for i in range(j + 1, n):  # x_i meets key_j through the decays of steps j + 1 to i, or i - 1
+                weight, key = square[i, j], moved[i]
+                if not late or i > j + 1:
+                    scale(key, key, passing, wide)
+                for k in range(wide):
+                    to[k] += weight * key[k]
 
 
 @small
-def through_pairs(mode, bonus, n, wide, rows, squares, by_key):
-    """Gradients between the steps of the block, added to DQ, DRK, DK and DA."""
-    apart()
-    late = mode == DPLR
-    if by_key:
-        decay, moved = rows[DECAY], rows[QS]
-        pairs_by_key(squares[DQK], bonus, bonus, rows[Q], rows[K], rows[DQ], rows[DK], decay, moved, n, wide)
-        if mode:
-            pairs_by_key(
-                squares[DRKK], late, True, rows[R], rows[K], rows[DRK], rows[DK], decay, moved, n, wide
-            )
-        if late:
-            pairs_by_key(
-                squares[DQA], False, False, rows[Q], rows[A], rows[DQ], rows[DA], decay, moved, n, wide
-            )
-            pairs_by_key(
-                squares[DRA], True, True, rows[R], rows[A], rows[DRK], rows[DA], decay, moved, n, wide
-            )
-        return
-    seen, before = squares[SEEN], squares[BEFORE]
-    pairs_by_head(
-        squares[DQK], before if bonus else seen, bonus, rows[Q], rows[K], rows[DQ], rows[DK], n, wide
-    )
-    if mode:
-        pairs_by_head(
-            squares[DRKK], before if late else seen, True, rows[R], rows[K], rows[DRK], rows[DK], n, wide
-        )
-    if late:
-        pairs_by_head(squares[DQA], seen, False, rows[Q], rows[A], rows[DQ], rows[DA], n, wide)
-        pairs_by_head(squares[DRA], before, True, rows[R], rows[A], rows[DRK], rows[DA], n, wide)
-
-
-@small
-def decay_gradient(mode, bonus, n, K_, fresh, rows, by_key):
+def decay_gradient(mode, bonus, n, wide, fresh, rows, by_key):
     """DG (in its first column for one decay a head) by the balance of reads and writes after each step."""
     apart()
-    balance, dg = rows[TAIL, 0], rows[DG]
+    balance = rows[TAIL, 0]
     for i in range(n - 1, -1, -1):
-        for k in range(K_):
-            balance[k] -= rows[K, i, k] * rows[DK, i, k]
-            if not bonus:
-                balance[k] += rows[Q, i, k] * rows[DQ, i, k]
-            if mode == DELTA:
-                balance[k] += rows[R, i, k] * rows[DRK, i, k]
-            if mode == DPLR:
-                balance[k] -= rows[A, i, k] * rows[DA, i, k]
+        dg = rows[DG, i]
+        part(balance, rows[K, i], rows[DK, i], wide)
+        if not bonus:
+            join(balance, rows[Q, i], rows[DQ, i], wide)
+        if mode == DELTA:
+            join(balance, rows[R, i], rows[DRK, i], wide)
+        if mode == DPLR:
+            part(balance, rows[A, i], rows[DA, i], wide)
         if fresh and i == 0:  # nothing was there to decay
-            dg[0, :] = 0
-        elif not by_key:
-            total = balance[0] * 0
-            for k in range(K_):
-                total += balance[k]
-            dg[i, 0] = total
+            dg[:] = 0
+        elif by_key:
+            scale(dg, balance, rows[ONES, 0], wide)
         else:
-            for k in range(K_):
-                dg[i, k] = balance[k]
-        for k in range(K_):
-            if bonus:
-                balance[k] += rows[Q, i, k] * rows[DQ, i, k]
-            if mode == DPLR:
-                balance[k] += rows[R, i, k] * rows[DRK, i, k]
+            dg[0] = dot(balance, rows[ONES, 0], wide)
+        if bonus:
+            join(balance, rows[Q, i], rows[DQ, i], wide)
+        if mode == DPLR:
+            join(balance, rows[R, i], rows[DRK, i], wide)
 
 
 @small
 def bonus_gradient(n, K_, rows, own, u, du, h, at):
     """Through y_i += (Σ_k q_i u k_i) v_i; own[i] = dy_i·v_i."""
     apart()
+    weight, total = u[h], du[at, h]
     for i in range(n):
+        q, key, dq, dk, factor = rows[Q, i], rows[K, i], rows[DQ, i], rows[DK, i], own[i]
         for k in range(K_):
-            q, key = rows[Q, i, k], rows[K, i, k]
-            rows[DQ, i, k] += own[i] * u[h, k] * key
-            rows[DK, i, k] += own[i] * u[h, k] * q
-            du[at, h, k] += own[i] * q * key
+            dq[k] += factor * weight[k] * key[k]
+            dk[k] += factor * weight[k] * q[k]
+            total[k] += factor * q[k] * key[k]
 
 
 @small
@@ -264,18 +229,30 @@ def gradients(
 ):
     """A prepared and solved block's gradients, from rows[Y] = dy and dS; `fresh`: S is a cleared state."""
     apart()
-    bonus, by_key = u.shape[1] > 0, D > 1
-    solve_back(mode, n, wide, broad, rows, squares, beta, dbeta, dS, b, at, t, h)
+    bonus = u.shape[1] > 0
+    if mode:
+        solve_back(mode, n, wide, broad, rows, squares, beta, dbeta, dS, b, at, t, h)
+    else:
+        gemm.put(rows[DX], rows[KS], dS, up4(n), broad, wide)
+        gemm.add_turned(rows[DX], squares[QK], rows[Y], up4(n), broad, n)
     through_state(mode, bonus, n, wide, broad, rows, columns, squares, S, dS)
     own = rows[TAIL, 1]
     for i in range(n):
         own[i] = squares[DQK, i, i]
-    through_pairs(mode, bonus, n, wide, rows, squares, by_key)
+    late, decay, moved = mode == DPLR, rows[DECAY], rows[QS]
+    q, r, key, a, dq, dr, dk, da = (
+        rows[Q], rows[R], rows[K], rows[A], rows[DQ], rows[DRK], rows[DK], rows[DA]
+    )  # fmt: skip
+    pairs(squares[DQK], bonus, bonus, q, key, dq, dk, decay, moved, n, wide)
+    if mode:
+        pairs(squares[DRKK], late, True, r, key, dr, dk, decay, moved, n, wide)
+    if late:
+        pairs(squares[DQA], False, False, q, a, dq, da, decay, moved, n, wide)
+        pairs(squares[DRA], True, True, r, a, dr, da, decay, moved, n, wide)
     if D:
-        decay_gradient(mode, bonus, n, K_, fresh, rows, by_key)
+        decay_gradient(mode, bonus, n, wide, fresh, rows, D > 1)
     if bonus:
         bonus_gradient(n, K_, rows, own, u, du, h, at)
     if mode == DELTA:
         for i in range(n):
-            for k in range(wide):
-                rows[DK, i, k] += rows[DRK, i, k]
+            join(rows[DK, i], rows[DRK, i], rows[ONES, 0], wide)

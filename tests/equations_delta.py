@@ -19,7 +19,7 @@ def turned(u, position, base=10_000.0):
 
 
 def liger(m, x):
-    """Lan et al. 2025 sec. 3: softmax over pairs in the window, and the recurrence."""
+    """Lan et al. 2025: softmax over pairs in the window, and the recurrence."""
     T, H, G, K = len(x), m.num_heads, m.num_key_heads, x.shape[1] // m.num_heads
     q, k, v = (x @ m.inp.weight.T).split([H * K, G * K, G * K], 1)
     q, k, v = q.view(T, H, K), k.view(T, G, K), v.view(T, G, K)

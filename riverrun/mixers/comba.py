@@ -6,7 +6,7 @@
 
 Gated DeltaNet removes what it reads after forgetting, with the strength e^g β; here it is β d. The authors'
 layer also scales d k' to length one, which takes d back from the state; that is left out.
-Source: Hu et al. 2025 (arXiv:2506.02475) sec. 4.1; the layout of its code, with D = 1 at first.
+Source: Hu et al. 2025 (arXiv:2506.02475), scalar plus low rank; the layout of its code, with D = 1 at first.
 """
 
 from __future__ import annotations

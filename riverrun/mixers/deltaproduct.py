@@ -6,7 +6,7 @@
 
 n = 1 is DeltaNet, or Gated DeltaNet. The op runs on n times as many steps: the decay and a reset come with
 the first of a token, the read with its last.
-Source: Siems et al. 2025 (arXiv:2502.10297) sec. 3 and eq. 4; the layout of its code.
+Source: Siems et al. 2025 (arXiv:2502.10297); the layout of its code.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     β = σ(W_b x)    g = -A softplus(U_f V_f x + c), A per head, c per channel
     S' = diag(e^g) S    S = S' + β k (v - S'ᵀ k)ᵀ    y = W_o (norm(Sᵀ q) ⊙ σ(U_z V_z x))
 
-Source: Kimi Team 2025 (Kimi Linear, arXiv:2510.26692) eq. 1 and sec. 4.
+Source: Kimi Team 2025 (Kimi Linear, arXiv:2510.26692); the layout of the published model's layer.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 There is nothing to learn that `attention` has not: its weights load here by their names. pool takes the mean
 of `pool` neighbouring channels, which then share a gate; the authors' code has 1.
-Source: Lan et al. 2025 (arXiv:2503.01496) sec. 3; w_1 = w_2 = 1/2, τ = 16 and a window of 64 as in its code.
+Source: Lan et al. 2025 (arXiv:2503.01496); w_1 = w_2 = 1/2, τ = 16 and a window of 64 as in its code.
 """
 
 from __future__ import annotations

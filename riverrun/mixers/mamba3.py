@@ -8,7 +8,7 @@
 
 What a token adds a step later is written at once: S_t = e^{g_t} S_{t-1} + (λ_t dt_t + (1 - λ_{t+1}) dt_{t+1})
 k_t u_tᵀ. Then h_t = e^{g_t} S_{t-1} + λ_t dt_t k_t u_tᵀ reads S before it is written: no later token is seen.
-Source: Lahoti et al. 2026 (arXiv:2603.15569) sec. 3; the layout of its first code, without its optional norm.
+Source: Lahoti et al. 2026 (arXiv:2603.15569); the layout of its first code, without its optional norm.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 S_tᵀ (H_t + Λ)^{-1} is the M with the least Σ_s β_s e^{g_{s+1} + ... + g_t} |M k_s - v_s|² + tr(M Λ Mᵀ).
 Conjugate gradients solve the system, `iterations` of them; K make it exact.
-Source: von Oswald et al. 2025 (arXiv:2506.05233) sec. 3; the layout of its code.
+Source: von Oswald et al. 2025 (arXiv:2506.05233); the layout of its code.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Turning k_s by θ_s and q_t by θ_t is the same as turning the state by ω_t at every step: only θ_t - θ_s is
 ever seen, so a reset need not clear θ.
-Source: Lahoti et al. 2026 (arXiv:2603.15569) sec. 3.2, whose pairs are neighbours.
+Source: Lahoti et al. 2026 (arXiv:2603.15569), whose pairs are neighbours.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     delta rule    I - β k kᵀ with |k| = 1 has the eigenvalue 1 - β along k: β in [0, 2], not [0, 1]
     Mamba         2 exp(dt A) - 1 for exp(dt A); the input term stays dt B x
 
-Source: Grazzi et al. 2025 (arXiv:2411.12537) sec. 4 and table 1, and its code for the input term of Mamba.
+Source: Grazzi et al. 2025 (arXiv:2411.12537), and its code for the input term of Mamba.
 """
 
 from __future__ import annotations

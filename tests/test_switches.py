@@ -328,6 +328,24 @@ def test_a_channel_that_forgets_is_local(float64):
         mixer(inputs(LENGTH + 1))
 
 
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_model_with_switches_is_saved_with_what_is_usual(switch, tmp_path):
+    torch.manual_seed(0)
+    args = {"num_heads": 2, "num_states": 4, "beyond": {"length": LENGTH, **SWITCHES[switch]}}
+    net = LanguageModel(LanguageConfig(TOKENIZER.size, 16, 2, "mamba2", {"mamba2": args}))
+    tokens = torch.randint(256, (1, 30))
+    with torch.no_grad(), measuring(net):
+        net(tokens[:, :LENGTH])
+    folder.save(tmp_path / "model", net, TOKENIZER)
+    again, _ = folder.load(tmp_path / "model")
+    with torch.no_grad():
+        first, state = again(tokens[:, :20])
+        whole = net(tokens)[0]
+        close(torch.cat([first, again(tokens[:, 20:], state)[0]], 1), whole, "in two calls", 1e-5)  # float32
+        run = Generation(again, TOKENIZER, ["It was a truth"], Limits(20), Sampling(0))
+        assert sum(len(text) for (text,) in run) > 0
+
+
 @pytest.mark.parametrize(
     "name, beyond, match",
     [

@@ -139,7 +139,7 @@ class Beyond(nn.Module):
         """Up to each step that ends `every` of them in some row, and the state of that row brought down."""
         due = (position >= self.length) & ((position + 1) % self.every == 0)
         T = position.shape[1]
-        ends = [int(t) + 1 for t in due.any(0).nonzero()]
+        ends = [1] if T == 1 else [int(t) + 1 for t in due.any(0).nonzero()]  # a step can be recorded
         ys, begin = [], 0
         for end in ends if ends and ends[-1] == T else [*ends, T]:
             here = slice(begin, end)

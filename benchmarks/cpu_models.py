@@ -11,8 +11,8 @@ transformers' weights are copied into riverrun's model; logits must agree before
     qwen3_next    Qwen3NextForCausalLM with gated delta layers only, no attention, dense feed-forward layers
 
 A training step is forward, cross-entropy, backward and fused AdamW. Prefill reads 2,048 tokens into a state.
-Decoding feeds the most likely token back, one at a time; one more row has riverrun's model through
-`torch.compile(model, fullgraph=True)`, which takes half a minute before the first token. Each number is the
+Decoding feeds the most likely token back, one at a time; one more row has riverrun's step compiled, as
+`riverrun generate compile=true` does, which takes some ten seconds before the first token. Each number is the
 best of several repetitions in a process of its own, and its memory is the growth of that process's peak
 resident memory over what the model and a first short run take.
 """
@@ -33,6 +33,8 @@ import transformers
 from cpu_peers import LAYERS, PAIRS, VOCABULARY, WIDTH, make
 from timing import alone, peak_mib, provenance, resident_mib
 from torch import Tensor
+
+from riverrun.inference.compiled import Compiled
 
 LENGTHS, PREFILL, DECODE = (128, 512, 2048), 2048, 20  # tokens
 PATIENCE = 60  # seconds; a training step that would take longer is estimated, not run
@@ -110,13 +112,16 @@ def decode(name: str, side: str, compiled: bool = False) -> Found:
     model, call = make(name, side)
     with torch.no_grad():
         logits, state = call(model.eval(), torch.randint(VOCABULARY, (1, 64)), None)
-        if compiled:
-            model = torch.compile(model, fullgraph=True)
+        running = Compiled(model)(state) if compiled else None
 
         def run() -> None:
             nonlocal logits, state
             for _ in range(DECODE):
-                logits, state = call(model, logits[:, -1:].argmax(-1), state)
+                tokens = logits[:, -1:].argmax(-1)
+                if running is None:
+                    logits, state = call(model, tokens, state)
+                else:
+                    logits = running(tokens)
 
         run()
         return best(run, DECODE)

@@ -13,7 +13,7 @@ from riverrun import state as states
 from riverrun.data.tokens import ByteTokenizer
 from riverrun.inference import snapshot
 from riverrun.inference.decoding import Generation, Limits
-from riverrun.inference.sampling import Sampling, distribution, draw, uniform
+from riverrun.inference.sampling import Sampling, choose, distribution, draw, uniform
 from riverrun.inference.stopping import Outlet
 from riverrun.inference.streams import complete
 from riverrun.models.language import LanguageConfig, LanguageModel
@@ -90,6 +90,17 @@ def test_temperature_and_penalty_follow_their_equations():
 def test_a_number_is_philox_at_its_count(seed, count):
     made = np.random.Generator(np.random.Philox(key=seed, counter=[0, count, 0, 0])).random()
     assert uniform(seed, count) == made and uniform(seed, count + 1) != made
+
+
+def test_the_likeliest_token_is_chosen_after_the_penalty():
+    logits, how = (
+        torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.5]]),
+        Sampling(temperature=0, repetition_penalty=1.4),
+    )
+    recent, counts = [[1], []], [(0, 0), (0, 0)]
+    assert choose(logits, how, recent, counts) == [1, 1]  # 3 / 1.4 is still above 2
+    assert choose(logits, how, [[1], [1]], counts) == [1, 2]
+    assert draw(distribution(logits, how, [[1], [1]]), [0.5, 0.5]) == [1, 2]
 
 
 def test_draws_follow_the_distribution_and_never_take_what_was_filtered():

@@ -30,7 +30,7 @@ from riverrun.models.language import LanguageModel
 from riverrun.state import State
 
 from .graph import Replay, refusal
-from .sampling import Sampling, distribution, draw, uniform
+from .sampling import Sampling, choose
 from .stopping import Outlet
 from .streams import OVER, Stream, assign, begin, complete, go_on, join, settle, together
 
@@ -172,8 +172,8 @@ class Generation:
     def _draw(self, rows: list[Stream], running: Running) -> list[int]:
         """A token drawn for each sequence, after the tokens before these have been read."""
         logits = running(torch.tensor([s.pending for s in rows], device=self.device))
-        p = distribution(logits[:, -1], self.sampling, [s.recent for s in rows])
-        return draw(p, [uniform(s.seed, s.draws) for s in rows])
+        counts = [(s.seed, s.draws) for s in rows]
+        return choose(logits[:, -1], self.sampling, [s.recent for s in rows], counts)
 
     def _write(self, rows: list[Stream]) -> Iterator[list[str]]:
         """Draw tokens for sequences that run together, until each is finished."""

@@ -45,8 +45,17 @@ class Sampling:
                 raise ValueError(f"sampling: {name} = {getattr(self, name)}; it must be {rule}")
 
 
-def distribution(logits: Tensor, how: Sampling, recent: list[Iterable[int]]) -> Tensor:
-    """(B, V) probabilities in float64 of the logits (B, V), whose sequences last held the tokens `recent`.
+def choose(
+    logits: Tensor, how: Sampling, recent: list[Iterable[int]], counts: list[tuple[int, int]]
+) -> list[int]:
+    """A token for each row of logits (B, V); `counts` are its sequence's seed and number of draws so far."""
+    if how.temperature == 0:  # a draw from one token's distribution, for less
+        return penalised(logits, how, recent).argmax(-1).tolist()
+    return draw(distribution(logits, how, recent), [uniform(seed, count) for seed, count in counts])
+
+
+def penalised(logits: Tensor, how: Sampling, recent: list[Iterable[int]]) -> Tensor:
+    """Logits (B, V) in float64, after the penalty on tokens that the sequences held last.
 
     Raises FloatingPointError when a logit is NaN or +inf.
     """
@@ -58,6 +67,12 @@ def distribution(logits: Tensor, how: Sampling, recent: list[Iterable[int]]) -> 
             seen = torch.tensor(sorted(set(tokens)), dtype=torch.long, device=logits.device)
             old, r = row[seen], how.repetition_penalty
             row[seen] = torch.where(old > 0, old / r, old * r)
+    return logits
+
+
+def distribution(logits: Tensor, how: Sampling, recent: list[Iterable[int]]) -> Tensor:
+    """(B, V) probabilities in float64 of the logits (B, V), whose sequences last held the tokens `recent`."""
+    logits = penalised(logits, how, recent)
     if how.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     if how.temperature != 1:

@@ -42,7 +42,7 @@ from riverrun.models.language import LanguageModel
 TOKENS = 65_536  # of a training step
 LENGTHS, PROMPTS, BATCHES, DECODE = (4096, 32_768), (1024, 65_536), (1, 16, 128), 2048
 PIECE = 131_072  # tokens of all prompts together that are read at once
-FEW = {"hybrid": 4}  # layers of the runs that compile; others take 1
+FEW = {"hybrid": 4, "rwkv7": 2}  # layers of the runs that compile; others take 1
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def decoding(stack: str, batch: int, prompt: int, seconds: float, depth: int = D
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start, n = time.perf_counter(), 0
-    while n < DECODE and time.perf_counter() - start < seconds:
+    while not n or (n < DECODE and time.perf_counter() - start < seconds):
         for _ in range(32):
             if run is not None:
                 token = run(token)

@@ -102,6 +102,7 @@ def llama(depth: int) -> tuple[nn.Module, Loss]:
 
 
 def around_simple_gla(depth: int) -> tuple[nn.Module, Loss]:
+    gpu_peers.unguarded()
     from fla.ops.simple_gla import chunk_simple_gla
 
     def run(q, k, v, g, u, state=None, reset=None):

@@ -53,7 +53,7 @@ class LightNet(nn.Module):
         B, H, K = x.shape[0], self.num_heads, self.key_width
         last, start = fitting(self, last, B, H, K), fitting(self, start, B)
         if self.tpe is not None:
-            added, sums[0] = self.tpe.along(0, x, sums[0], reset)
+            added, *sums = self.tpe.along(0, x, sums[0], reset)
             x = x + added.to(x.dtype)
         q, k, v = (heads(p, H) for p in self.inp(x).split(self.sizes, -1))
         q, k = F.silu(q) * K**-0.5, wide(k)

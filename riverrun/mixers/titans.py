@@ -105,7 +105,8 @@ class Titans(nn.Module):
         steps = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         begins = places(self.chunk, used, steps, reset) == 0
         q = unit(heads(F.silu(self.query(x)), self.num_heads))
-        cuts = [0, *(t for t in begins.any(0).nonzero()[:, 0].tolist() if t), x.shape[1]]
+        inner = begins.any(0).nonzero()[:, 0].tolist() if x.shape[1] > 1 else []  # one step waits for nothing
+        cuts = [0, *(t for t in inner if t), x.shape[1]]
         ys = []
         for i, j in pairwise(cuts):
             flags = None if reset is None else reset[:, i:j]

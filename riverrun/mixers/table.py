@@ -207,7 +207,6 @@ MIXERS: dict[str, Row] = {
         golden="lightnet.safetensors",
         good="weighing all of the past by content alone, and pictures in one scan (lightnet_grid)",
         bad="long streams: each new token counts for less and less",
-        slow="running sums in logarithms, and keys doubled by their positions",
     ),
     "lightnet_grid": Row(
         "LightNetGrid",

@@ -118,6 +118,22 @@ def test_packed_is_masked_for_any_resets(make, float64):
         close_states(end, last, f"seed {seed}")
 
 
+@pytest.mark.parametrize("make", [mixture, expansion])
+def test_one_token_of_one_sequence_is_as_any_other(make, float64):
+    mixer, x = make(), inputs(30)[:1].requires_grad_()
+    reset = resets(30, (0, 0), (0, 7), (0, 8), (0, 21))[:1]
+    start = detach(mixer(inputs(9)[:1])[1])
+    whole, end = mixer(x, start, reset)
+    state, ys = start, []
+    for t in range(30):
+        y, state = mixer(x[:, t : t + 1], state, reset[:, t : t + 1])
+        ys.append(y)
+    close(torch.cat(ys, 1), whole, "step by step")
+    close_states(state, end, "step by step")
+    wanted = [x, *mixer.parameters()]
+    close_all(gradients([torch.cat(ys, 1)], wanted), gradients([whole], wanted), "gradient")
+
+
 def routed(mixer, x, never):
     """x moved so far along the router's rows that memory `never` is never chosen."""
     rows = mixer.router.weight.detach()

@@ -57,9 +57,13 @@ class PerMemory(nn.Module):
 
     def forward(self, rows: Tensor, used: Tensor) -> Tensor:
         """(U·B, L, width) -> (U·B, L, out), by the matrices of the U memories `used`."""
-        U = len(used)
-        W = self.weight if len(self.weight) == U else self.weight.index_select(0, used)
-        return (rows.view(U, -1, rows.shape[-1]) @ W).view(*rows.shape[:2], -1)
+        shape, rows = rows.shape[:2], rows.view(len(used), -1, rows.shape[-1])
+        if len(used) == len(self.weight):
+            y = rows @ self.weight
+        else:  # not by copies of the matrices: they are larger than what a step does with them
+            W = self.weight.unbind()
+            y = torch.stack([x @ W[m] for x, m in zip(rows, used.tolist(), strict=True)])
+        return y.view(*shape, -1)
 
 
 def balance(p: Tensor, index: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ def balances(model: nn.Module) -> Iterator[list[Tensor]]:
 class Routes:
     """Where each choice of each token stands among the rows (U·B, L), memory after memory."""
 
-    slot: Tensor  # (B·T·k): place among U·B·L
+    slot: Tensor | None  # (B·T·k): place among U·B·L; None for one token, whose rows are its choices
     shape: tuple[int, int, int]  # U, B, L
     choices: tuple[int, int, int]  # B, T, k
     num_memories: int
@@ -103,15 +107,21 @@ class Routes:
         """(B, T, n), or (B, T, k, n) -> (U·B, L, n), with zeros where there is no token."""
         U, B, L = self.shape
         x = x[:, :, None].expand((*self.choices, x.shape[-1])) if x.dim() == 3 else x
+        if self.slot is None:
+            return x.view(U, 1, -1)
         rows = x.new_zeros(U * B * L, x.shape[-1])
         return rows.index_copy(0, self.slot, x.reshape(-1, x.shape[-1])).view(U * B, L, -1)
 
     def real(self, like: Tensor) -> Tensor:
         """(U·B, L, 1): one where there is a token, else zero."""
+        if self.slot is None:
+            return like.new_ones(1, 1, 1)
         return self.spread(like.new_ones(1).expand((*self.choices, 1)))
 
     def collect(self, y: Tensor) -> Tensor:
         """(U·B, L, n) -> (B, T, k, n)."""
+        if self.slot is None:
+            return y.view(*self.choices, *y.shape[2:])
         return y.flatten(0, 1).index_select(0, self.slot).view((*self.choices, *y.shape[2:]))
 
     def take(self, state: Tensor | None) -> Tensor | None:
@@ -153,6 +163,8 @@ def masked(index: Tensor, num_memories: int, reset: Tensor | None) -> Routes:
 def packed(index: Tensor, num_memories: int, reset: Tensor | None) -> Routes:
     """Routes for choices (B, T, k), k different memories a token, in which each sees its own tokens only."""
     (B, T, k), M = index.shape, num_memories
+    if B == T == 1:
+        return alone(index[0, 0], M, reset)
     chosen = torch.zeros(B, T, M, dtype=torch.long, device=index.device).scatter_(2, index, 1)
     count = chosen.sum(1)
     used = count.any(0).nonzero()[:, 0]
@@ -170,3 +182,14 @@ def packed(index: Tensor, num_memories: int, reset: Tensor | None) -> Routes:
     first = document.diff(dim=1, prepend=document.new_zeros(U * B, 1)) > 0
     kept = (chosen * begun[..., None]).amax(1) == begun[:, -1:]
     return replace(routes, reset=first, document=document, kept=kept)
+
+
+def alone(used: Tensor, num_memories: int, reset: Tensor | None) -> Routes:
+    """`packed` for one token, as in decoding, that chose the memories `used` (k): no sorting, no sums."""
+    k = len(used)
+    routes = Routes(None, (k, 1, 1), (1, 1, k), num_memories, None, used, torch.ones_like(used))
+    if reset is None:
+        return routes
+    chosen = torch.zeros(1, num_memories, dtype=torch.bool, device=used.device).index_fill(1, used, True)
+    first = reset.expand(k, 1)
+    return replace(routes, reset=first, document=first.long(), kept=chosen | ~reset)

@@ -61,6 +61,12 @@ def test_blocks_of_channels_add_up(op, form):
     agree(make(op, form, Size(B=3, T=5, D=200, V=200, H=3, N=1, W=1)))
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_four_taps_in_registers(reset):
+    """Channels that fill vectors, over stretches that a reset cuts and others that none does."""
+    agree(make("short_conv", "bias", Size(T=150, D=48, W=4), state=True, reset=reset))
+
+
 @pytest.mark.parametrize("op, form", CASES)
 def test_extremes(op, form):
     """Terms a hundred times as large cancel: gradients are measured against the largest of them."""

@@ -1,5 +1,8 @@
-"""The short convolution on a CPU: one sweep over time, channels across vector lanes, W rows of inputs in the
-L1 cache."""
+"""The short convolution on a CPU: one sweep over time, channels across vector lanes.
+
+With four taps (see taps.py) stretches of steps that no reset and no end of the sequence cuts go through
+registers; other steps and widths are summed row by row.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import add_parts, block_size, kernel, same_dtype, spread
+from .blocks import LANES, add_parts, block_size, kernel, same_dtype, spread
+from .taps import WIDTH, backward, forward
 
 BLOCK = 512  # channels a task at most
+STRETCH = 16  # steps dealt with vector by vector, while their rows are in the cache
 
 
 @kernel
@@ -25,6 +30,15 @@ def _taps(w, lo, hi):
 
 
 @kernel
+def _whole(reset, i, lo, hi):
+    """No reset at steps lo to hi - 1."""
+    whole = True
+    for t in range(lo, hi if reset.shape[0] else lo):
+        whole &= not reset[i, t]
+    return whole
+
+
+@kernel
 def _forward(first, step, x, w, c, state, reset, size, y, tail):
     """w (D, W), c (D) or empty, state and tail (B, W - 1, D)."""
     batch, T, D = x.shape
@@ -33,21 +47,28 @@ def _forward(first, step, x, w, c, state, reset, size, y, tail):
     for task in range(first, batch * blocks, step):
         i, lo = task // blocks, task % blocks * size
         hi = min(lo + size, D)
-        taps, bias = _taps(w, lo, hi), np.zeros(hi - lo, x.dtype)
+        taps, bias = _taps(w, lo, hi), np.zeros((1, hi - lo), x.dtype)
         if c.shape[0]:
-            bias[:] = c[lo:hi]
-        seen = T + W  # inputs since the last reset; those of the state count as seen
-        for t in range(T):
+            bias[0] = c[lo:hi]
+        simple = W == WIDTH and (hi - lo) % LANES == 0
+        seen, t = T + W, 0  # inputs since the last reset; those of the state count as seen
+        while t < T:
+            end = min(t + STRETCH, T)
+            if simple and t >= W - 1 and _whole(reset, i, t - W + 2, end):
+                forward(y[i, t:end, lo:hi], x[i, t - W + 1 : end, lo:hi], taps, bias, end - t, hi - lo)
+                seen, t = seen + end - t, end
+                continue
             seen = 0 if reset.shape[0] and reset[i, t] else seen + 1
             # rows as vectors of their own: the loops over them are then vectorised
-            out, now, newest = y[i, t, lo:hi], x[i, t, lo:hi], taps[W - 1]
+            out, now, newest, own = y[i, t, lo:hi], x[i, t, lo:hi], taps[W - 1], bias[0]
             for d in range(hi - lo):
-                out[d] = bias[d] + newest[d] * now[d]
+                out[d] = own[d] + newest[d] * now[d]
             for j in range(1, min(W - 1, seen) + 1):
                 tap = taps[W - 1 - j]
                 then = x[i, t - j, lo:hi] if j <= t else state[i, W - 1 + t - j, lo:hi]
                 for d in range(hi - lo):
                     out[d] += tap[d] * then[d]
+            t += 1
         for j in range(W - 1):  # the input j steps before the last
             out = tail[i, W - 2 - j, lo:hi]
             if j > seen:
@@ -65,30 +86,39 @@ def _backward(first, step, x, w, state, reset, size, dy, dtail, dx, dw, dc, dsta
     for task in range(first, batch * blocks, step):
         i, lo = task // blocks, task % blocks * size
         hi = min(lo + size, D)
-        taps = _taps(w, lo, hi)
-        dx[i, :, lo:hi] = 0
-        dw[i, :, lo:hi] = 0
-        dstate[i, :, lo:hi] = 0
-        dbias = dc[i, lo:hi]
-        dbias[:] = 0
-        seen = T + W
-        for t in range(T):
-            seen = 0 if reset.shape[0] and reset[i, t] else seen + 1
-            g = dy[i, t, lo:hi]
-            for d in range(hi - lo):
-                dbias[d] += g[d]
-            for j in range(min(W - 1, seen) + 1):
-                tap, dtap = taps[W - 1 - j], dw[i, W - 1 - j, lo:hi]
-                then = x[i, t - j, lo:hi] if j <= t else state[i, W - 1 + t - j, lo:hi]
-                dthen = dx[i, t - j, lo:hi] if j <= t else dstate[i, W - 1 + t - j, lo:hi]
+        taps, sums, bias = _taps(w, lo, hi), np.zeros((W, hi - lo), w.dtype), np.zeros((1, hi - lo), w.dtype)
+        simple = W == WIDTH and (hi - lo) % LANES == 0
+        t = 1 - W  # inputs, those of the state first
+        while t < T:
+            end = min(t + STRETCH, T - W + 1)
+            if simple and 0 <= t < end and _whole(reset, i, t + 1, end + W - 1):
+                now, later = x[i, t:end, lo:hi], dy[i, t : end + W - 1, lo:hi]
+                backward(dx[i, t:end, lo:hi], sums, bias, now, later, taps, end - t, hi - lo)
+                t = end
+                continue
+            now = x[i, t, lo:hi] if t >= 0 else state[i, W - 1 + t, lo:hi]
+            out = dx[i, t, lo:hi] if t >= 0 else dstate[i, W - 1 + t, lo:hi]
+            out[:] = 0
+            reach = min(W, T - t)  # steps that may read this input, from its own on
+            for j in range(max(0, -t), reach):
+                if (j or t < 0) and not _whole(reset, i, t + j, t + j + 1):
+                    reach = j
+                    break
+                tap, dtap, g = taps[W - 1 - j], sums[W - 1 - j], dy[i, t + j, lo:hi]
                 for d in range(hi - lo):
-                    dtap[d] += g[d] * then[d]
-                    dthen[d] += g[d] * tap[d]
-        for j in range(min(W - 1, seen + 1)):
-            g = dtail[i, W - 2 - j, lo:hi]
-            dthen = dx[i, T - 1 - j, lo:hi] if j < T else dstate[i, W - 2 + T - j, lo:hi]
-            for d in range(hi - lo):
-                dthen[d] += g[d]
+                    dtap[d] += g[d] * now[d]
+                    out[d] += g[d] * tap[d]
+            if t >= 0:
+                g, own = dy[i, t, lo:hi], bias[0]
+                for d in range(hi - lo):
+                    own[d] += g[d]
+            if t + W > T and reach == T - t:
+                g = dtail[i, t + W - 1 - T, lo:hi]
+                for d in range(hi - lo):
+                    out[d] += g[d]
+            t += 1
+        dw[i, :, lo:hi] = sums
+        dc[i, lo:hi] = bias[0]
 
 
 def _tasks(x: Tensor, size: int) -> int:

@@ -35,7 +35,7 @@ FLAGS = ("contract", "nsz")
 WORD = ir.IntType(64)
 
 
-def _word(i: int) -> ir.Constant:
+def word(i: int) -> ir.Constant:
     return ir.Constant(WORD, i)
 
 
@@ -63,7 +63,7 @@ class _Matrix:
         self.builder.store(value, self.at(row, column, lanes), align=self.size)
 
 
-def _call(name: str, context: Any, builder: Any, signature: Any, args: Any, body: Callable[..., None]) -> Any:
+def call(name: str, context: Any, builder: Any, signature: Any, args: Any, body: Callable[..., None]) -> Any:
     """Call body's code as a function of the module, made when first asked for.
 
     Arrays travel as two arguments, a pointer and a row's stride (1 for vectors), and reach `body` as
@@ -76,7 +76,7 @@ def _call(name: str, context: Any, builder: Any, signature: Any, args: Any, body
             array = context.make_array(kind)(context, builder, value)
             size = context.get_abi_sizeof(context.get_value_type(kind.dtype))
             stride = cgutils.unpack_tuple(builder, array.strides)[0]
-            given += [array.data, builder.sdiv(stride, _word(size), flags=["exact"])]
+            given += [array.data, builder.sdiv(stride, word(size), flags=["exact"])]
         else:
             given.append(context.cast(builder, value, kind, types.intp))
     name = f"riverrun_{name}_{signature.args[0].dtype}"
@@ -102,31 +102,31 @@ def _splat(builder: Any, x: Any, lanes: int) -> Any:
 
 
 @contextmanager
-def _while_fits(builder: Any, place: Any, limit: Any, step: int):
+def while_fits(builder: Any, place: Any, limit: Any, step: int):
     """Repeat the body while place + step ≤ limit, moving place on by step."""
     head, body, done = (builder.append_basic_block(n) for n in ("head", "body", "done"))
     builder.branch(head)
     builder.position_at_end(head)
     here = builder.load(place)
-    builder.cbranch(builder.icmp_signed("<=", builder.add(here, _word(step)), limit), body, done)
+    builder.cbranch(builder.icmp_signed("<=", builder.add(here, word(step)), limit), body, done)
     builder.position_at_end(body)
     yield here
-    builder.store(builder.add(here, _word(step)), place)
+    builder.store(builder.add(here, word(step)), place)
     builder.branch(head)
     builder.position_at_end(done)
 
 
 @contextmanager
-def _sums(builder: Any, start: list[Any], depth: Any):
+def carried(builder: Any, start: list[Any], depth: Any):
     """A loop over d < depth; the body appends to `new` what the sums become. Sums of no terms stay."""
     before, loop, done = (builder.block, *(builder.append_basic_block(n) for n in ("depth", "deep")))
-    builder.cbranch(builder.icmp_signed("<", _word(0), depth), loop, done)
+    builder.cbranch(builder.icmp_signed("<", word(0), depth), loop, done)
     builder.position_at_end(loop)
     d = builder.phi(WORD)
     sums, new, ends = [builder.phi(x.type) for x in start], [], []
     yield d, sums, new, ends
-    after = builder.add(d, _word(1))
-    d.add_incoming(_word(0), before)
+    after = builder.add(d, word(1))
+    d.add_incoming(word(0), before)
     d.add_incoming(after, loop)
     for phi, first, following in zip(sums, start, new, strict=True):
         phi.add_incoming(first, before)
@@ -155,8 +155,8 @@ def _tile(
     """One tile of `out` at (i, j). a(row, d) gives a pointer to A's element."""
     (i, j), (rows, vectors) = at, shape
     lanes = out.lanes
-    row = [builder.add(i, _word(r)) for r in range(rows)]
-    column = [builder.add(j, _word(c * lanes)) for c in range(vectors)]
+    row = [builder.add(i, word(r)) for r in range(rows)]
+    column = [builder.add(j, word(c * lanes)) for c in range(vectors)]
     start: list[Any] = []
     for r in row:
         for c in column:
@@ -167,7 +167,7 @@ def _tile(
             else:
                 factor = _splat(builder, builder.load(builder.gep(scale.data, [r])), lanes)
                 start.append(builder.fmul(old.load(r, c, lanes), factor))
-    with _sums(builder, start, depth) as (d, sums, new, ends):
+    with carried(builder, start, depth) as (d, sums, new, ends):
         right = [B.load(d, c, lanes) for c in column]
         left = [_splat(builder, builder.load(a(r, d)), lanes) for r in row]
         new += [
@@ -185,12 +185,12 @@ def _tiles(turned: bool, mode: int) -> Callable[..., None]:
         def a(row, d):
             return A.at(d, row) if turned else A.at(row, d)
 
-        j, i = (cgutils.alloca_once_value(builder, _word(0)) for _ in range(2))
+        j, i = (cgutils.alloca_once_value(builder, word(0)) for _ in range(2))
         for vectors in sorted({v for _, v in TILES}, reverse=True):
-            with _while_fits(builder, j, n, vectors * out.lanes) as column:
-                builder.store(_word(0), i)
+            with while_fits(builder, j, n, vectors * out.lanes) as column:
+                builder.store(word(0), i)
                 for shape in (t for t in TILES if t[1] == vectors):
-                    with _while_fits(builder, i, m, shape[0]) as row:
+                    with while_fits(builder, i, m, shape[0]) as row:
                         _tile(builder, out, old, scale, a, B, (row, column), depth, shape, mode)
 
     return body
@@ -205,7 +205,7 @@ def _plain(name: str, turned: bool, mode: int) -> Any:
     @intrinsic
     def product(typing, out, A, B, m, n, depth):
         def make(context, builder, signature, args):
-            return _call(name, context, builder, signature, args, body)
+            return call(name, context, builder, signature, args, body)
 
         return types.void(out, A, B, m, n, depth), make
 
@@ -218,7 +218,7 @@ def _scaled(name: str, turned: bool) -> Any:
     @intrinsic
     def product(typing, out, old, scale, A, B, m, n, depth):
         def make(context, builder, signature, args):
-            return _call(name, context, builder, signature, args, body)
+            return call(name, context, builder, signature, args, body)
 
         return types.void(out, old, scale, A, B, m, n, depth), make
 
@@ -250,7 +250,7 @@ def _interleave(side: int, half: int, low: bool) -> list[int]:
 
 def _turn(builder: Any, out: _Matrix, x: _Matrix, i: Any, j: Any) -> None:
     """The square of x at (i, j) into out at (j, i)."""
-    rows = [x.load(builder.add(i, _word(r)), j, SIDE) for r in range(SIDE)]
+    rows = [x.load(builder.add(i, word(r)), j, SIDE) for r in range(SIDE)]
     half = SIDE // 2
     while half:
         low, high = (
@@ -266,19 +266,19 @@ def _turn(builder: Any, out: _Matrix, x: _Matrix, i: Any, j: Any) -> None:
                 )
         half //= 2
     for r, row in enumerate(rows):
-        out.store(row, builder.add(j, _word(r)), i, SIDE)
+        out.store(row, builder.add(j, word(r)), i, SIDE)
 
 
 def _transpose(name: str, back: bool) -> Any:
     def body(builder, out, x, width):
-        place = cgutils.alloca_once_value(builder, _word(0))
-        with _while_fits(builder, place, width, SIDE) as here:
-            _turn(builder, out, x, *((here, _word(0)) if back else (_word(0), here)))
+        place = cgutils.alloca_once_value(builder, word(0))
+        with while_fits(builder, place, width, SIDE) as here:
+            _turn(builder, out, x, *((here, word(0)) if back else (word(0), here)))
 
     @intrinsic
     def turn(typing, out, x, width):
         def make(context, builder, signature, args):
-            return _call(name, context, builder, signature, args, body)
+            return call(name, context, builder, signature, args, body)
 
         return types.void(out, x, width), make
 
@@ -293,21 +293,21 @@ def _decaying(builder, out_q, out_r, keys, decay, q, r, n, wide, late_q, late_r)
     vector = ir.VectorType(keys.number, SIDE)
     places = ir.Constant(ir.VectorType(WORD, SIDE), list(range(SIDE)))
     ones, zero = ir.Constant(vector, [1.0] * SIDE), ir.Constant(vector, None)
-    row = cgutils.alloca_once_value(builder, _word(0))
-    with _while_fits(builder, row, n, 1) as i:
+    row = cgutils.alloca_once_value(builder, word(0))
+    with while_fits(builder, row, n, 1) as i:
         past = builder.icmp_signed("<", places, _splat(builder, i, SIDE))
-        with _sums(builder, [zero, zero], wide) as (k, sums, new, ends):
-            old = keys.load(k, _word(0), SIDE)
+        with carried(builder, [zero, zero], wide) as (k, sums, new, ends):
+            old = keys.load(k, word(0), SIDE)
             factor = builder.select(past, _splat(builder, builder.load(decay.at(i, k)), SIDE), ones)
             now = builder.fmul(old, factor)
-            keys.store(now, k, _word(0), SIDE)
+            keys.store(now, k, word(0), SIDE)
             for total, x, late in zip(sums, (q, r), (late_q, late_r), strict=True):
                 weight = _splat(builder, builder.load(x.at(i, k)), SIDE)
-                late = builder.icmp_signed("!=", late, _word(0))
+                late = builder.icmp_signed("!=", late, word(0))
                 product = builder.fmul(weight, builder.select(late, old, now), flags=FLAGS)
                 new.append(builder.fadd(total, product, flags=FLAGS))
         for out, end in zip((out_q, out_r), ends, strict=True):
-            out.store(end, i, _word(0), SIDE)
+            out.store(end, i, word(0), SIDE)
 
 
 @intrinsic
@@ -318,6 +318,6 @@ def read_decaying(typing, out_q, out_r, keys, decay, q, r, n, wide, late_q, late
     """
 
     def make(context, builder, signature, args):
-        return _call("read_decaying", context, builder, signature, args, _decaying)
+        return call("read_decaying", context, builder, signature, args, _decaying)
 
     return types.void(out_q, out_r, keys, decay, q, r, n, wide, late_q, late_r), make

@@ -11,11 +11,13 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 
 from riverrun import doctor, ops
 from riverrun.kernels.gpu import KERNELS, norm, swiglu
+from riverrun.kernels.gpu import loss as gpu_loss
 from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.nn import GatedMLP, GatedRMSNorm, unit
 from riverrun.state import leaves
 from riverrun.testing import inputs
 from riverrun.testing.inputs import Size
+from riverrun.training.loss import cross_entropy
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
@@ -161,6 +163,23 @@ def test_swiglu():
     mlp = GatedMLP(72, 36).to(DEVICE)
     mlp.inp, mlp.out = torch.nn.Identity(), torch.nn.Identity()
     against_float64(swiglu.swiglu, mlp, x, lambda x: F.silu(x[..., :36]) * x[..., 36:])
+
+
+@pytest.mark.parametrize("block", [16, 4096])
+def test_losses(block, monkeypatch):
+    """Against float64: rows of 37 logits, in one piece and in three; large ones cannot overflow."""
+    monkeypatch.setattr(gpu_loss, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    x, E = 30 * torch.randn(9, 8, generator=generator), torch.randn(37, 8, generator=generator)
+    targets = torch.randint(37, (9,), generator=generator)
+    ours = [v.to(DEVICE).requires_grad_() for v in (x, E)]
+    true = [v.double().requires_grad_() for v in (x, E)]
+    found = cross_entropy(ours[0][None], ours[1], targets.to(DEVICE)[None])
+    expected = F.cross_entropy(true[0] @ true[1].T, targets)
+    pairs = (found, *torch.autograd.grad(found, ours)), (expected, *torch.autograd.grad(expected, true))
+    for a, b in zip(*pairs, strict=True):
+        a, b = a.detach().cpu().double(), b.detach()
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-4  # float32's rounding of exponents up to 300
 
 
 @on_gpu

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from riverrun.ops import gpu
+
 BLOCK, GPU_BLOCK = 1 << 22, 1 << 27  # logits held at a time: 16 and 512 MiB in float32
 
 
@@ -46,6 +48,20 @@ def _logits(x: Tensor, E: Tensor) -> Tensor:
     return F.linear(x, E.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _losses(x: Tensor, E: Tensor, targets: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The losses of rows x, and unless `scale` is None, `scale` times the gradient of the logits."""
+    if gpu is not None and gpu.loss.refuses(x) is None:
+        logits = F.linear(x, E.to(x.dtype))
+        return gpu.loss.losses_(logits, targets, scale or 0.0, scale is not None), logits
+    logits = _logits(x, E)
+    norm = logits.logsumexp(-1, keepdim=True)
+    losses = norm - logits.gather(-1, targets[:, None])
+    if scale is not None:
+        logits.sub_(norm).exp_().scatter_add_(-1, targets[:, None], logits.new_full((len(x), 1), -1.0))
+        logits.mul_(scale)
+    return losses, logits.to(x.dtype)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, E: Tensor, targets: Tensor) -> Tensor:
@@ -54,13 +70,9 @@ class _CrossEntropy(torch.autograd.Function):
         dx, dE = torch.empty_like(x), torch.zeros_like(E)
         start, n = 0, len(targets)
         for rows, wanted in _blocks(x, targets, E.shape[0]):
-            logits = _logits(rows, E)
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += (norm - logits.gather(-1, wanted[:, None])).sum()
+            losses, grad = _losses(rows, E, wanted, 1 / n if need else None)
+            total += losses.sum()
             if need:
-                grad = logits.sub_(norm).exp_()
-                grad.scatter_add_(-1, wanted[:, None], grad.new_full((len(wanted), 1), -1.0))
-                grad = grad.mul_(1 / n).to(x.dtype)
                 torch.mm(grad, E.to(x.dtype), out=dx[start : start + len(wanted)])
                 dE += grad.T @ rows
                 start += len(wanted)

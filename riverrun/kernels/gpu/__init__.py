@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import cells, conv, delta, dplr, memory, outer, scan, selective, softmax
-from . import norm as norm  # no ops, but what layers run
+from . import loss as loss  # no ops, but what layers and losses run
+from . import norm as norm
 from . import swiglu as swiglu
 
 KERNELS: dict[str, Callable[..., Any]] = {

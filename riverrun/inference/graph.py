@@ -6,8 +6,9 @@
 
 The first call runs the step as it is, which compiles what must be compiled, and records it; every further
 call copies its input into the graph's memory and replays. The same kernels run on the same numbers, so the
-results are those of the step itself, to the last bit. Input, output and state live in the graph's memory and
-the next call overwrites them: copy what must stay (`riverrun.state.select` does).
+results are those of the step itself on an input and a state without gaps in memory, to the last bit. Input,
+output and state live in the graph's memory and the next call overwrites them: copy what must stay
+(`riverrun.state.select` does).
 
 A graph repeats what the GPU did and nothing of what Python did. That is right for ever if the step cannot
 notice which step it is: the state keeps its shapes, and whatever of it lies on the CPU, where Python may have

@@ -16,6 +16,8 @@ from typing import Any
 import llvmlite.binding as llvm
 import torch
 
+from riverrun import __version__
+
 
 def best(
     calls: dict[str, Callable[[], object]], seconds: float = 2.0, repetitions: int = 30
@@ -71,9 +73,8 @@ def alone(threads: int, measure: Callable[..., Any], *args: Any) -> Any:
 
 def provenance() -> str:
     """Date, machine, versions, threads and the command of this run."""
-    versions = " · ".join(
-        f"{n} {importlib.metadata.version(n)}" for n in ("riverrun", "torch", "numba", "llvmlite")
-    )
+    others = (f"{n} {importlib.metadata.version(n)}" for n in ("torch", "numba", "llvmlite"))
+    versions = " · ".join((f"riverrun {__version__}", *others))
     return (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC · {llvm.get_host_cpu_name()}, {platform.system()} · "
         f"Python {platform.python_version()} · {versions} · {torch.get_num_threads()} threads\n\n"

@@ -362,6 +362,7 @@ MIXERS: dict[str, Row] = {
         golden="rwkv7.safetensors",
         good="tracking states that gates cannot: it removes and writes at separate keys",
         bad="cost per step",
+        slow="six inputs, each mixed with the step before, and ten maps, narrow ones among them",
     ),
     "s5": Row(
         "S5",

@@ -76,7 +76,7 @@ class Memory:
 
 
 def mom(m, x):
-    """Du et al. 2025 sec. 3."""
+    """Du et al. 2025 (arXiv:2502.13685)."""
     H, size = m.num_heads, m.num_heads * m.key_width
     memories = [Memory(m, W) for W in m.write.weight]
     shared = None if m.shared is None else Memory(m, m.shared.weight.T)
@@ -98,7 +98,7 @@ def mom(m, x):
 
 
 def sse(m, x):
-    """Pan et al. 2025 sec. 3, with the two decays and gates of the authors' layer."""
+    """Pan et al. 2025 (arXiv:2507.16577), with the two decays and gates of the authors' layer."""
     H, N = m.num_heads, m.num_partitions
     K = m.width // H
     S, parts, outs = torch.zeros(H, K, K), torch.zeros(N, H, K, K), []

@@ -9,7 +9,7 @@ A task costs what one state costs: kilobytes, for a small model. What a reset cl
 each document that shall begin with the tuned state needs a row of its own. `riverrun generate` keeps the
 state with which it ended in the file that it began with: give it a copy.
 
-Source: Xiao et al. 2025 (arXiv:2504.05097) sec. 3, its standard form. The forms that put kernel features in
+Source: Xiao et al. 2025 (arXiv:2504.05097), its standard form. The forms that put kernel features in
 place of keys and values run another recurrence than the one whose weights were trained, and are not here.
 """
 

@@ -10,7 +10,7 @@
             gated_delta: S' = e^g S, S' + k β (v - S'ᵀ k)ᵀ; g = -A softplus(a + c), β = σ(b), |k| = 1;
             q, k, v after a short convolution over the tokens of the memory
 
-Source: Du et al. 2025 (arXiv:2502.13685) sec. 3; where the convolution runs, and that memories share it and
+Source: Du et al. 2025 (arXiv:2502.13685); where the convolution runs, and that memories share it and
 the rates, is from the authors' code. `riverrun.nn.route.balances` keeps the load even.
 """
 

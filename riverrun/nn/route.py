@@ -11,7 +11,7 @@ Two ways to run the memories, with the same numbers, as rows of a batch that any
 
 Zeros must leave a memory as it is: no decay, nothing written. Axes: `B` batch, `T` steps, `M` memories, `k`
 choices, `U` memories that some token of the batch chose, `L` the most tokens that any of them got.
-Sources: Du et al. 2025 (MoM, arXiv:2502.13685) sec. 3; the loss, Fedus et al. 2021 (arXiv:2101.03961) eq.
+Sources: Du et al. 2025 (MoM, arXiv:2502.13685); the loss, Fedus et al. 2021 (arXiv:2101.03961) eq.
 4-6.
 """
 

@@ -106,7 +106,7 @@ def test_jrt_remembers_a_prefix_that_came_in_parts():
 
 
 def test_jrt_without_a_prefix_is_causal_linear_attention():
-    mixer, x = make("jrt", num_heads=2, feature_width=3, prefix=0), inputs(30)
+    mixer, x = make("jrt", num_heads=2, feature_width=3), inputs(30)
     based = make("based", num_heads=2, feature_width=3)
     with torch.no_grad():
         based.inp.weight.copy_(mixer.inp.weight[: sum(based.sizes)])

@@ -10,6 +10,7 @@ import torch
 from golden_both import BOTH
 from golden_delta import DELTA
 from golden_outer import OUTER
+from golden_routed import ROUTED
 
 from riverrun.mixers import MIXERS, build
 from riverrun.testing import golden
@@ -134,6 +135,7 @@ MAPPINGS = {
 }
 MAPPINGS |= DELTA
 MAPPINGS |= OUTER | BOTH
+MAPPINGS |= ROUTED
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

@@ -3,9 +3,10 @@
     λ = γ + (1 - γ) σ(W_λ x)    h_t = λ_t e^{iθ} ⊙ h_{t-1} + (1 - λ_t) ⊙ c_t    c = silu(W_c x), complex
     out = W_o (norm([Re h, Im h]) ⊙ silu(W_z x))
 
-Source: Qin et al. 2023 (arXiv:2311.04823) sec. 3, with learned θ. `rotate=False` leaves the rotation
-and the imaginary parts out, as the authors' later code does. The floor γ, which the paper learns so that it
-rises from layer to layer, is a constant of each layer here: a mixer does not see the others.
+Source: Qin et al. 2023 (arXiv:2311.04823) sec. 3, with learned θ. `rotate=False` leaves the rotation and
+the imaginary parts out, as later code by its authors does, whose RMS norm stands here for a layer norm. The
+floor γ, which the paper learns so that it rises from layer to layer, is a constant of each layer here: a
+mixer does not see the others.
 """
 
 from __future__ import annotations

@@ -23,4 +23,24 @@ def mom(g: Golden):
     return parameters, None
 
 
-ROUTED = {"mom": mom}
+def sse(g: Golden):
+    w = g.weights
+    first = ["q_proj", "k_proj", "v_proj", "lora_q_proj.0", "lora_k_proj.0", "g_proj.0"]
+    first += ["gk_proj.0.0", "gk_proj.1.0"]
+    parameters = {
+        "inp.weight": torch.cat([w[f"{name}.weight"] for name in first]),
+        "query.weight": w["lora_q_proj.1.weight"],
+        "key.weight": w["lora_k_proj.1.weight"],
+        "gate.weight": w["g_proj.1.weight"],
+        "decay.weight": w["gk_proj.0.1.weight"],
+        "decay.bias": w["gk_proj.0.1.bias"],
+        "decays.weight": w["gk_proj.1.1.weight"],
+        "decays.bias": w["gk_proj.1.1.bias"],
+        "router.weight": w["e_proj.weight"],
+        "norm.weight": w["o_norm.weight"],
+        "out.weight": w["o_proj.weight"],
+    }
+    return parameters, None
+
+
+ROUTED = {"mom": mom, "sse": sse}

@@ -11,7 +11,6 @@ from equations_both import BOTH
 from equations_delta import DELTA
 from equations_fastweight import lact, miras, titans, ttt
 from equations_outer import OUTER
-from equations_routed import sse
 
 from riverrun import state as states
 from riverrun.mixers import MIXERS, build
@@ -181,7 +180,6 @@ EQUATIONS += [lact, miras, titans, ttt]
 EQUATIONS += BOTH
 EQUATIONS += DELTA
 EQUATIONS += OUTER
-EQUATIONS += [sse]
 
 
 def small(name):

@@ -408,7 +408,7 @@ MIXERS: dict[str, Row] = {
         op="outer",
         unrecorded="which memories a token meets decides what is computed, and that is read back",
         small=dict(num_heads=2, num_partitions=3, writers=2, readers=1, rank=4, decay_rank=4),
-        golden=BY_EQUATION + "the authors' layer runs on GPUs only",
+        golden="sse.safetensors",
         compiles=False,  # unless masked: how many tokens a partition gets is data,
         good="a state that grows without parameters and without work per token",
         bad="speed: tokens are sorted into their partitions, and out again",

@@ -8,8 +8,8 @@ writes and reads the few that a classifier names; and one partition that every t
     y = Sᵀ q + Σ_i e_i S_iᵀ q'            over the `readers` largest e_i    out = W_o (norm(y) ⊙ silu(U V x))
 
 Keys are probabilities: a softmax sends each token to few rows of a partition. What grows with N is the state
-and W_e, nothing else. Source: Pan et al. 2025 (arXiv:2507.16577); q', k', the two decays and the two
-gates e_i are from the authors' layer, here with the query scaled by K^{-1/2}.
+and W_e, nothing else. Source: Pan et al. 2025 (arXiv:2507.16577); q', k', the two decays and the two gates
+e_i are from the authors' layer. There, and here, q is scaled by K^{-1/2}.
 """
 
 from __future__ import annotations

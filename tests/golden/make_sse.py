@@ -1,4 +1,4 @@
-"""Golden numbers of sparse state expansion: its authors' layer for flash-linear-attention, float32 on the CPU.
+"""Golden numbers of sparse state expansion: its layer for flash-linear-attention, in float32 on the CPU.
 
 The layer is part of no release: it is loaded from a checkout at the commit below. Its kernel needs a GPU; in
 its place stands the library's plain function for gated linear attention, and the gated norm in PyTorch.

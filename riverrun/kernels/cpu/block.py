@@ -16,10 +16,12 @@ no exponent is positive, nothing can overflow however strong the forgetting. Sou
 
 from __future__ import annotations
 
+import numpy as np
+
 from . import gemm
 from .gemm import SIDE as C
 from .gemm import apart
-from .memory import small
+from .memory import MINUS_ONE, ONE, ZERO, small
 
 OUTER, DELTA, DPLR = 0, 1, 2
 
@@ -87,14 +89,14 @@ def scores(mode, bonus, n, wide, rows, columns, squares, u, h):
     late, r, decay = mode == DPLR, rows[R if mode else Q], rows[DECAY]
     gemm.transpose(columns[KT], rows[K], wide)
     gemm.read_decaying(squares[QK], squares[RK], columns[KT], decay, rows[Q], r, n, wide, bonus, late)
-    mask(squares[QK], n, bonus, 1)
+    mask(squares[QK], n, np.int64(bonus), ONE)
     if mode:
-        mask(squares[RK], n, True, -1 if mode == DELTA else 1)
+        mask(squares[RK], n, ONE, MINUS_ONE if mode == DELTA else ONE)
     if late:
         gemm.transpose(columns[AT], rows[A], wide)
         gemm.read_decaying(squares[QA], squares[RA], columns[AT], decay, rows[Q], r, n, wide, False, True)
-        mask(squares[QA], n, False, 1)
-        mask(squares[RA], n, True, 1)
+        mask(squares[QA], n, ZERO, ONE)
+        mask(squares[RA], n, ONE, ONE)
     for i in range(n if bonus else 0):
         q, key, weight = rows[Q, i], rows[K, i], u[h]
         own = 0 * q[0]

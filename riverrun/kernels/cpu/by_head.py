@@ -35,7 +35,10 @@ from .elementary import exp
 from .gemm import SIDE as C
 from .gemm import apart
 from .memory import (
+    MINUS_ONE,
+    ONE,
     SEGMENT,
+    ZERO,
     aligned,
     alive,
     borrowed,
@@ -187,10 +190,10 @@ def scores(delta, n, wide, rows, columns, squares):
     m, turned = (n + 3) // 4 * 4, columns[TURNED]
     gemm.transpose(turned, rows[K], wide)
     gemm.put(squares[QK], rows[Q], turned, m, C, wide)
-    weigh(squares[QK], squares, n, 0, 1)
+    weigh(squares[QK], squares, n, ZERO, ONE)
     if delta:
         gemm.put(squares[KK], rows[K], turned, m, C, wide)
-        weigh(squares[KK], squares, n, 1, -1)
+        weigh(squares[KK], squares, n, ONE, MINUS_ONE)
 
 
 @compiled
@@ -224,8 +227,8 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved):
                     m = (n + 3) // 4 * 4
                     if reset.shape[1] and reset[i, t]:
                         S[:] = 0
-                    load(rows[Q], q, i, t, shared(q, h, H), 0, keys, n, t + near, shared(q, head, H))
-                    load(rows[K], k, i, t, shared(k, h, H), 0, keys, n, t + near, shared(k, head, H))
+                    load(rows[Q], q, i, t, shared(q, h, H), ZERO, keys, n, t + near, shared(q, head, H))
+                    load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, t + near, shared(k, head, H))
                     load(rows[V], v, i, t, h, lo, here, n, t + near, head)
                     expect(y, i, t, h, lo, here, n)
                     decays(g, beta, i, t, h, n, squares, vectors)
@@ -265,12 +268,12 @@ def gradients(delta, fresh, n, wide, broad, rows, columns, squares, vectors, S, 
             dbeta[at, t + i, h, 0] = vectors[OWN, i]
     gemm.transpose(columns[TURNED], x, broad)
     gemm.put(squares[DQK], rows[Y], columns[TURNED], m, C, broad)
-    weigh(squares[DQK], squares, n, 0, 1)
+    weigh(squares[DQK], squares, n, ZERO, ONE)
     scale(rows[YS], rows[Y], vectors[P], broad, n)
     scale(rows[XS], x, vectors[AFTER], broad, n)
     if delta:
         gemm.put(squares[DKK], rows[R], columns[TURNED], m, C, broad)
-        weigh(squares[DKK], squares, n, 1, 1)
+        weigh(squares[DKK], squares, n, ONE, ONE)
         scale(rows[RS], rows[R], vectors[P], broad, n)
         against(rows[DR], S, rows[RS], columns, wide, broad)
         gemm.add(rows[DR], squares[DKK], rows[K], m, wide, n)
@@ -343,16 +346,16 @@ def backward(first, step, share, group, q, k, v, g, beta, reset, saved, dy, dS0,
                 starts[blocks], before[blocks] = t, NONE if fresh else kept
                 S = states[before[blocks]]
                 kept += not fresh
-                load(rows[K], k, i, t, shared(k, h, H), 0, keys, n, t + near, shared(k, head, H))
+                load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, t + near, shared(k, head, H))
                 load(rows[V], v, i, t, h, lo, here, n, t + near, head)
                 decays(g, beta, i, t, h, n, squares, vectors)
                 if delta:
                     gemm.transpose(columns[TURNED], rows[K], wide)
                     gemm.put(squares[KK], rows[K], columns[TURNED], (n + 3) // 4 * 4, C, wide)
-                    weigh(squares[KK], squares, n, 1, -1)
+                    weigh(squares[KK], squares, n, ONE, MINUS_ONE)
                     solve(n, wide, broad, rows, squares, vectors, S)
-                    store(found, 0, t - start, 0, 0, broad, n, rows[X])
-                    store(found, 1, t - start, 0, 0, broad, n, rows[E])
+                    store(found, ZERO, t - start, ZERO, ZERO, broad, n, rows[X])
+                    store(found, ONE, t - start, ZERO, ZERO, broad, n, rows[E])
                 if t + n < stop:
                     scale(rows[XS], rows[X] if delta else rows[V], vectors[AFTER], broad, n)
                     gemm.scale_add_turned(states[kept], S, vectors[WHOLE], rows[K], rows[XS], wide, broad, n)
@@ -362,24 +365,24 @@ def backward(first, step, share, group, q, k, v, g, beta, reset, saved, dy, dS0,
                 t = starts[which]
                 n = (stop if which == blocks - 1 else starts[which + 1]) - t
                 S, fresh = states[before[which]], before[which] == NONE
-                load(rows[Q], q, i, t, shared(q, h, H), 0, keys, n, t + near, shared(q, head, H))
+                load(rows[Q], q, i, t, shared(q, h, H), ZERO, keys, n, t + near, shared(q, head, H))
                 load(rows[Y], dy, i, t, h, lo, here, n, t + near, head)
-                expect(dq, at, t, h, 0, keys, n)
-                expect(dk, at, t, h, 0, keys, n)
+                expect(dq, at, t, h, ZERO, keys, n)
+                expect(dk, at, t, h, ZERO, keys, n)
                 expect(dv, i, t, h, lo, here, n)
                 if which < blocks - 1:
-                    load(rows[K], k, i, t, shared(k, h, H), 0, keys, n, T, 0)
-                    load(rows[V], v, i, t, h, lo, here, n, T, 0)
+                    load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
+                    load(rows[V], v, i, t, h, lo, here, n, MINUS_ONE, ZERO)
                     decays(g, beta, i, t, h, n, squares, vectors)
                     if delta:
-                        load(rows[X], found, 0, t - start, 0, 0, broad, n, SEGMENT, 0)
-                        load(rows[E], found, 1, t - start, 0, 0, broad, n, SEGMENT, 0)
+                        load(rows[X], found, ZERO, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
+                        load(rows[E], found, ONE, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
                 gradients(
                     delta, fresh, n, wide, broad, rows, columns, squares, vectors,
                     S, dS, dg, dbeta, at, t, h,
                 )  # fmt: skip
-                store(dq, at, t, h, 0, keys, n, rows[DQ])
-                store(dk, at, t, h, 0, keys, n, rows[DK])
+                store(dq, at, t, h, ZERO, keys, n, rows[DQ])
+                store(dk, at, t, h, ZERO, keys, n, rows[DK])
                 store(dv, i, t, h, lo, here, n, rows[DX])
                 if fresh:
                     dS[:] = 0

@@ -17,7 +17,10 @@ from .elementary import exp
 from .gemm import SIDE as C
 from .gemm import apart
 from .memory import (
+    MINUS_ONE,
+    ONE,
     SEGMENT,
+    ZERO,
     aligned,
     alive,
     borrowed,
@@ -41,15 +44,15 @@ def prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, s
     """
     apart()
     (H, K, D), then = (v.shape[2], q.shape[3], g.shape[3]), t + near
-    load(rows[block.Q], q, i, t, shared(q, h, H), 0, K, n, then, shared(q, head, H))
-    load(rows[block.K], k, i, t, shared(k, h, H), 0, K, n, then, shared(k, head, H))
+    load(rows[block.Q], q, i, t, shared(q, h, H), ZERO, K, n, then, shared(q, head, H))
+    load(rows[block.K], k, i, t, shared(k, h, H), ZERO, K, n, then, shared(k, head, H))
     load(rows[block.V], v, i, t, h, lo, V, n, then, head)
     if mode == DELTA:
-        load(rows[block.R], k, i, t, shared(k, h, H), 0, K, n, -1, 0)
+        load(rows[block.R], k, i, t, shared(k, h, H), ZERO, K, n, MINUS_ONE, ZERO)
     if mode == DPLR:
-        load(rows[block.R], b, i, t, h, 0, K, n, then, head)
-        load(rows[block.A], a, i, t, h, 0, K, n, then, head)
-    load(rows[block.DECAY], g, i, t, h, 0, D, n, then, head)
+        load(rows[block.R], b, i, t, h, ZERO, K, n, then, head)
+        load(rows[block.A], a, i, t, h, ZERO, K, n, then, head)
+    load(rows[block.DECAY], g, i, t, h, ZERO, D, n, then, head)
     for r in range(n):
         decay = rows[block.DECAY, r]
         for c in range(D):
@@ -199,8 +202,8 @@ def backward(
                     mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares, near, head
                 )
                 block.solve(mode, n, wide, broad, rows, squares, beta, i, t, h, S)
-                store(found, 0, t - start, 0, 0, broad, n, rows[block.X])
-                store(found, 1, t - start, 0, 0, broad, n, rows[block.ERROR])
+                store(found, ZERO, t - start, ZERO, ZERO, broad, n, rows[block.X])
+                store(found, ONE, t - start, ZERO, ZERO, broad, n, rows[block.ERROR])
                 if t + n < stop:
                     block.write(mode, n, wide, broad, rows, states[kept], S)
                 blocks += 1
@@ -209,22 +212,22 @@ def backward(
                 t = starts[which]
                 n = (stop if which == blocks - 1 else starts[which + 1]) - t
                 if which < blocks - 1:
-                    prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares, T, h)
-                    load(rows[block.X], found, 0, t - start, 0, 0, broad, n, SEGMENT, 0)
-                    load(rows[block.ERROR], found, 1, t - start, 0, 0, broad, n, SEGMENT, 0)
+                    prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares, -T, h)
+                    load(rows[block.X], found, ZERO, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
+                    load(rows[block.ERROR], found, ONE, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
                 load(rows[block.Y], dy, i, t, h, lo, V, n, t + near, head)
                 S, fresh = states[before[which]], before[which] == NONE
                 gradient.gradients(
                     mode, g.shape[3], fresh, n, K, wide, broad, rows, columns, squares,
                     beta, dbeta, u, du, S, dS, i, at, t, h,
                 )  # fmt: skip
-                store(dq, at, t, h, 0, K, n, rows[block.DQ])
-                store(dk, at, t, h, 0, K, n, rows[block.DK])
+                store(dq, at, t, h, ZERO, K, n, rows[block.DQ])
+                store(dk, at, t, h, ZERO, K, n, rows[block.DK])
                 store(dv, i, t, h, lo, V, n, rows[block.DX])
-                store(dg, at, t, h, 0, g.shape[3], n, rows[block.DG])
+                store(dg, at, t, h, ZERO, g.shape[3], n, rows[block.DG])
                 if mode == DPLR:
-                    store(da, at, t, h, 0, K, n, rows[block.DA])
-                    store(db, at, t, h, 0, K, n, rows[block.DRK])
+                    store(da, at, t, h, ZERO, K, n, rows[block.DA])
+                    store(db, at, t, h, ZERO, K, n, rows[block.DRK])
                 if fresh:
                     dS[:] = 0
         for each in range(group):

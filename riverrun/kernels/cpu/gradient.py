@@ -8,6 +8,8 @@ block.
 
 from __future__ import annotations
 
+import numpy as np
+
 from . import gemm
 from .block import (
     AS,
@@ -56,7 +58,7 @@ from .block import (
 )
 from .gemm import SIDE as C
 from .gemm import apart
-from .memory import dot, small
+from .memory import ONE, ZERO, dot, small
 
 
 @small
@@ -150,38 +152,38 @@ def through_state(mode, bonus, n, wide, broad, rows, columns, squares, S, dS):
 
 
 @small
+def gather(to, weight, row, passing, passes, width):
+    """to += weight row, after the row has gone through one more step's decay where it `passes`."""
+    if passes:
+        for k in range(width):
+            now = row[k] * passing[k]
+            row[k] = now
+            to[k] += weight * now
+    else:
+        for k in range(width):
+            to[k] += weight * row[k]
+
+
+@small
 def pairs(square, late, strict, x, keys, dx, dkeys, decay, moved, n, wide):
     """Gradients of x and keys through square[i, j] = Σ_k x_ik keys_jk Π_{j < s ≤ i} decay_sk, up to i - 1
     only where x is `late`: it reads before the step's own decay. moved is scratch."""
     apart()
-    mask(square, n, strict, 1)
-    for i in range(n):
-        own, to, passing = moved[i], dx[i], decay[i]
-        for j in range(i):
-            weight, key = square[i, j], moved[j]
+    mask(square, n, strict, ONE)
+    for direction in range(2):
+        source = x if direction else keys
+        for i in range(n):
+            row, own = moved[i], source[i]
             for k in range(wide):
-                old = key[k]
-                now = old * passing[k]
-                key[k] = now
-                to[k] += weight * (old if late else now)
-        weight, key = square[i, i], keys[i]
-        for k in range(wide):
-            own[k] = key[k]
-            to[k] += weight * key[k]
-    for j in range(n - 1, -1, -1):
-        own, to, key = moved[j], dkeys[j], x[j]
-        weight = square[j, j]
-        for k in range(wide):
-            own[k] = key[k]
-            to[k] += weight * key[k]
-        if j < n - 1:
-            passing = decay[j + 1]
-            for i in range(j + 1, n):  # x_i meets key_j through the decays of steps j + 1 to i, or i - 1
-                weight, key = square[i, j], moved[i]
-                if not late or i > j + 1:
-                    scale(key, key, passing, wide)
-                for k in range(wide):
-                    to[k] += weight * key[k]
+                row[k] = own[k]
+        for step in range(n):
+            here = n - 1 - step if direction else step
+            to = dkeys[here] if direction else dx[here]
+            for other in range(here if direction else 0, n if direction else here + 1):
+                i, j = (other, here) if direction else (here, other)
+                last = i - 1 if late else i  # x_i meets key_j through the decays of steps j + 1 to `last`
+                passing = decay[j + 1 if direction else last] if j < last else decay[i]
+                gather(to, square[i, j], moved[other], passing, j < last, wide)
 
 
 @small
@@ -239,16 +241,16 @@ def gradients(
     own = rows[TAIL, 1]
     for i in range(n):
         own[i] = squares[DQK, i, i]
-    late, decay, moved = mode == DPLR, rows[DECAY], rows[QS]
+    early, late, decay, moved = np.int64(bonus), mode == DPLR, rows[DECAY], rows[QS]
     q, r, key, a, dq, dr, dk, da = (
         rows[Q], rows[R], rows[K], rows[A], rows[DQ], rows[DRK], rows[DK], rows[DA]
     )  # fmt: skip
-    pairs(squares[DQK], bonus, bonus, q, key, dq, dk, decay, moved, n, wide)
+    pairs(squares[DQK], early, early, q, key, dq, dk, decay, moved, n, wide)
     if mode:
-        pairs(squares[DRKK], late, True, r, key, dr, dk, decay, moved, n, wide)
+        pairs(squares[DRKK], np.int64(late), ONE, r, key, dr, dk, decay, moved, n, wide)
     if late:
-        pairs(squares[DQA], False, False, q, a, dq, da, decay, moved, n, wide)
-        pairs(squares[DRA], True, True, r, a, dr, da, decay, moved, n, wide)
+        pairs(squares[DQA], ZERO, ZERO, q, a, dq, da, decay, moved, n, wide)
+        pairs(squares[DRA], ONE, ONE, r, a, dr, da, decay, moved, n, wide)
     if D:
         decay_gradient(mode, bonus, n, wide, fresh, rows, D > 1)
     if bonus:

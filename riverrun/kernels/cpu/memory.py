@@ -31,6 +31,8 @@ compiled = numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=
 
 
 LINE = 64  # bytes of a cache line
+# not literals: a function is compiled once more for each literal it is called with
+ZERO, ONE, MINUS_ONE = np.int64(0), np.int64(1), np.int64(-1)
 
 
 @intrinsic

@@ -13,7 +13,7 @@ from riverrun.mixers import build
 from riverrun.models.language import LanguageModel
 from riverrun.nn.axes import lrpe, places
 from riverrun.nn.fenwick import fenwick
-from riverrun.nn.taylor import taylor
+from riverrun.nn.feature import taylor
 from riverrun.testing.laws import inputs, instance
 from riverrun.testing.tolerance import close
 

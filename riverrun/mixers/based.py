@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import carried, head_width, heads, wide
-from riverrun.nn.taylor import taylor
+from riverrun.nn.feature import taylor
 
 
 class Based(nn.Module):

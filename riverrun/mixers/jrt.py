@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import carried, fitting, head_width, heads, pooled, positions, wide
-from riverrun.nn.taylor import taylor
+from riverrun.nn.feature import taylor
 
 
 class JRT(nn.Module):

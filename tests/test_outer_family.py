@@ -12,8 +12,8 @@ from riverrun.inference.prompt import reread
 from riverrun.mixers import build
 from riverrun.models.language import LanguageModel
 from riverrun.nn.axes import lrpe, places
-from riverrun.nn.fenwick import fenwick
 from riverrun.nn.feature import taylor
+from riverrun.nn.fenwick import fenwick
 from riverrun.testing.laws import inputs, instance
 from riverrun.testing.tolerance import close
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -100,14 +101,14 @@ def measure(form: str, shape: str, name: str, rep: int = 60) -> dict[str, float]
     return {"forward": forward, "both": whole, "MiB": peak, "first": first}
 
 
-def error(form: str, shape: str) -> float:
-    """The largest relative error of ours over y and all gradients."""
+@cache
+def error(form: str, D: int) -> float:
+    """The largest relative error of ours over y and all gradients, K = V = D."""
     from riverrun.recurrences import delta, dplr, mlstm, outer
     from riverrun.recurrences.fold import fold
 
     rule = form.split("-")[0]
     meaning = {"outer": outer.outer, "mlstm": mlstm.mlstm, "delta": delta.delta, "dplr": dplr.dplr}[rule]
-    D = int(shape.split("x")[3])
     args = inputs(form, 2, 256, 2, D)
     exact = tuple(None if x is None else x.detach().double().requires_grad_() for x in args)
     y, y64 = ours(form)(*args)[0], fold(meaning, exact)[0]
@@ -145,12 +146,13 @@ def guarded(run, *args):
         return f"{type(trouble).__name__}: {str(trouble).splitlines()[0][:90] if str(trouble) else ''}"
 
 
-def table(forms, shapes, peers: bool) -> list[str]:
+def table(forms, shapes, peers: bool, write) -> None:
+    """One row a program, shape by shape; `write` gets all rows so far whenever some are done."""
     lines = ["| op | (B,T,H,D) | program | forward ms | fwd+bwd ms | of best peer | of floor "
              "| MiB | first call s | error |",
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for form in forms:
-        for shape in shapes:
+    for shape in shapes:
+        for form in forms:
             names = [OURS, *(PEERS[form] if peers else [])]
             found = {name: guarded(measure, form, shape, name) for name in names}
             best = [min((r[key] for n, r in found.items() if n != OURS and isinstance(r, dict)), default=None)
@@ -162,7 +164,7 @@ def table(forms, shapes, peers: bool) -> list[str]:
                     continue
                 of = [r[key] / b if b and name == OURS else None for key, b in zip(("forward", "both"), best)]
                 ratio = " / ".join("" if x is None else f"{x:.2f}" for x in of) if name == OURS else ""
-                wrong = guarded(error, form, shape) if name == OURS else ""
+                wrong = guarded(error, form, int(shape.split("x")[3])) if name == OURS else ""
                 wrong = f"{wrong:.1e}" if isinstance(wrong, float) else wrong
                 lines.append(
                     f"| {form} | {shape} | {name} | {r['forward']:.3f} | {r['both']:.3f} | {ratio} | "
@@ -170,7 +172,7 @@ def table(forms, shapes, peers: bool) -> list[str]:
                     f"| {r['first']:.1f} | {wrong} |"
                 )
             print("\n".join(lines[-len(found) :]), flush=True)
-    return lines
+            write(lines)
 
 
 def compile_first(forms, shapes, peers: bool, seconds: float) -> dict[str, str]:
@@ -221,9 +223,12 @@ def main() -> None:
             "First calls with an empty cache, all programs compiling at once, seconds by shape:", "",
             *[f"- {k}: {v}" for k, v in notes.items()], ""]  # fmt: skip
     print("\n".join(head), flush=True)
-    lines = head + table(forms, shapes, not a.no_peers)
-    if a.out:
-        a.out.write_text("\n".join(lines) + "\n")
+
+    def write(lines: list[str]) -> None:
+        if a.out:
+            a.out.write_text("\n".join(head + lines) + "\n")
+
+    table(forms, shapes, not a.no_peers, write)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def define(
     `inputs` is a schema such as "Tensor a, Tensor b, Tensor? state, Tensor? reset"; only float tensors get
     gradients, of their own shapes and dtypes. `fake(*inputs, save)` returns empty outputs and saved tensors
     of the right shapes. The function that is returned takes the inputs and gives the outputs only. Where
-    nothing needs a gradient and nobody watches operators, it calls `forward` directly.
+    nobody watches operators, it calls `forward` and `backward` directly.
     """
     names = [part.split()[-1] for part in inputs.split(",")]
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
@@ -90,11 +90,27 @@ def define(
     torch.library.register_autograd(f"riverrun::{name}", run_autograd, setup_context=setup, lib=_library)
     torch.library.register_autograd(f"riverrun::{name}_backward", no_second, lib=_library)
 
+    class Direct(torch.autograd.Function):
+        """What the operator does under autograd, without the dispatcher: that takes as long as a kernel."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Tensor | None):
+            result = forward(*args, True)
+            ctx.save_for_backward(*args, *result)
+            ctx.set_materialize_grads(False)
+            return tuple(result[:outputs])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None):
+            if torch.is_grad_enabled() or watched():
+                return run_autograd(ctx, *grads)[:-1]
+            return tuple(backward(*ctx.saved_tensors, *grads))
+
     def call(*args: Tensor | None) -> tuple[Tensor, ...]:
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
-        if save or watched() or any(x is not None and type(x) not in PLAIN for x in args):
+        if watched() or any(x is not None and type(x) not in PLAIN for x in args):
             return op(*args, save)[:outputs]
-        return forward(*args, False)[:outputs]  # the dispatcher takes as long as a small kernel
+        return Direct.apply(*args) if save else forward(*args, False)[:outputs]
 
     return call
 

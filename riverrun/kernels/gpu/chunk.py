@@ -112,26 +112,53 @@ def rates(G, lw, seg, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.cons
 
 
 @triton.jit
-def weigh(
-    pair, G, lw, seg, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+def edge(
+    G, lw, seg, start, T, rows, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
+    LEAVE: tl.constexpr,
 ):  # fmt: skip
-    """q kᵀ (or k qᵀ) with decays per head and write weights, where the pair is seen; with itself unless
-    SHIFT."""
-    i = tl.arange(0, C)
-    read, write = (i[None, :], i[:, None]) if TRANSPOSED else (i[:, None], i[None, :])
-    see = read >= write + SHIFT
-    if seg is not None:
-        number, before, final = segments(seg, start, T, C)
-        see = see & (number[:, None] == number[None, :])
-    gap = tl.zeros((C, C), tl.float32)
+    """The factor of `rates` with which these rows of a chunk read the state, or LEAVE for it."""
+    end = tl.minimum(C - 1, (T - 1 - start).to(tl.int32))
+    factor = tl.zeros(rows.shape, tl.float32) + 1.0
     if DECAY == 1:
-        Gi, Gq = decays(G, start, T, i, H), decays(G, start, T, i - SHIFT, H)
-        gap = Gq[None, :] - Gi[:, None] if TRANSPOSED else Gq[:, None] - Gi[None, :]
-    if lw is not None:
-        weight = vector(lw, start, T, H, C)
-        gap += weight[:, None] if TRANSPOSED else weight[None, :]
-    return pair * tl.exp(tl.where(see, gap, float("-inf")))
+        if LEAVE:
+            gap = tl.load(G + (start + end) * H) - decays(G, start, T, rows, H)
+            if lw is not None:
+                gap += tl.load(lw + (start + rows) * H, mask=rows <= end, other=0.0)
+        else:
+            gap = decays(G, start, T, rows - SHIFT, H)
+        factor = tl.exp(gap)
+    if seg is not None:
+        number = tl.load(seg + start + tl.minimum(rows, end))
+        if LEAVE:
+            other = tl.load(seg + start + end)
+        else:
+            other = tl.load(seg + start - 1, mask=start > 0, other=0)
+        factor = tl.where(number == other, factor, 0.0)
+    return factor
+
+
+@triton.jit
+def weigh(
+    pair, G, lw, seg, start, T, rows, cols, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
+    SHIFT: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """q kᵀ (or k qᵀ) of these steps of a chunk with decays per head and write weights, where the pair is
+    seen; OWN: a step sees itself."""
+    reads, writes = (cols, rows) if TRANSPOSED else (rows, cols)
+    ahead = cols[None, :] - rows[:, None] if TRANSPOSED else rows[:, None] - cols[None, :]
+    see = ahead >= (0 if OWN else 1)
+    end = tl.minimum(C - 1, (T - 1 - start).to(tl.int32))
+    if seg is not None:
+        left = tl.load(seg + start + tl.minimum(rows, end))
+        see = see & (left[:, None] == tl.load(seg + start + tl.minimum(cols, end))[None, :])
+    if DECAY == 1:
+        read, write = decays(G, start, T, reads - SHIFT, H), decays(G, start, T, writes, H)
+        if lw is not None:
+            write -= tl.load(lw + (start + writes) * H, mask=writes <= end, other=0.0)
+        gap = read[None, :] - write[:, None] if TRANSPOSED else read[:, None] - write[None, :]
+        return pair * tl.exp(tl.where(see, gap, float("-inf")))
+    else:
+        return tl.where(see, pair, 0.0)
 
 
 @triton.jit
@@ -263,7 +290,8 @@ def fading(
         put(b_in + wide, k_ * read, start, T, cols, K, H * K, C)
     if RULE == "dplr":
         put(b_in + wide, heads(b, batch, T, h, start, cols, H, 1, K, C) * early, start, T, cols, K, H * K, C)
-        put(a_out + wide, heads(a, batch, T, h, start, cols, H, 1, K, C) * write, start, T, cols, K, H * K, C)
+        a_ = heads(a, batch, T, h, start, cols, H, 1, K, C)
+        put(a_out + wide, a_ * write, start, T, cols, K, H * K, C)
 
 
 @triton.jit

@@ -22,11 +22,11 @@ def _forward(q, k, v, beta, g, state, reset, save):
 
 
 def _backward(q, k, v, beta, g, state, reset, y, S, A, W, dy, dS):
-    x = Inputs("delta", q, k, v, g, beta, state=state, reset=reset)
+    x = Inputs("delta", q, k, v, g, beta, state=state, reset=reset, back=True)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     made = memory.pairs(x, (A, None, None, W))
     d = memory.run_backward(x, made, dy, None, None if dS is None else dS.contiguous(), None)
-    return d["q"], d["k"], d["v"], d["weight"].to(beta.dtype), d["g"], like(d["state"], state), None
+    return d["q"], d["k"], d["v"], d["weight"], d["g"], like(d["state"], state), None
 
 
 def _fake(q, k, v, beta, g, state, reset, save):

@@ -22,7 +22,7 @@ def _forward(q, k, v, g, a, b, state, reset, save):
 
 
 def _backward(q, k, v, g, a, b, state, reset, y, S, A, Aa, Lk, W, dy, dS):
-    x = Inputs("dplr", q, k, v, g, a=a, b=b, state=state, reset=reset)
+    x = Inputs("dplr", q, k, v, g, a=a, b=b, state=state, reset=reset, back=True)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     made = memory.pairs(x, (A, Aa, Lk, W))
     d = memory.run_backward(x, made, dy, None, None if dS is None else dS.contiguous(), None)

@@ -40,13 +40,13 @@ from .chunk import (
 
 @triton.jit
 def weights(
-    value, w, dy, dx, G, lw, seg, dden, Pq, Px, Pa, Pw, T,
+    value, w, dy, dx, G, lw, seg, dden, Pq, Px, Pa, Pw, own, own_a, T,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr,
     DECAY: tl.constexpr, SHIFT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Of each chunk (grid: chunks, B·H) dy εᵀ and dx εᵀ with the values of k, for dplr also with those of a.
 
-    A pair of a step with itself is among q's, unless a bonus takes its place, and not among what corrects.
+    If own is given, those of q of a step with itself go there (B, T, H), of a to own_a, and not to P.
     """
     n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, h = bh // H, bh % H
@@ -74,16 +74,20 @@ def weights(
             w_ += tl.dot(dxj, wt, input_precision=PREC)
     if dden is not None:
         q_ += vector(dden + per_head, start, T, H, C)[:, None]
-    q_ = weigh(q_, G, lw, seg, start, T, H, C, DECAY, SHIFT, False)
+    eye, inside = i[:, None] == i[None, :], i < (T - start).to(tl.int32)
+    at = per_head + (start + i) * H
+    if own is not None:
+        tl.store(own + at, tl.sum(tl.where(eye, q_, 0.0), 1), mask=inside)
+    q_ = weigh(q_, G, lw, seg, start, T, i, i, H, C, DECAY, SHIFT, own is None, False)
     tl.store(square(Pq, N, C), q_.to(Pq.dtype.element_ty))
-    strict = i[:, None] > i[None, :]
     if RULE != "outer":
-        x_ = tl.where(strict, weigh(x_, G, lw, seg, start, T, H, C, DECAY, 0, False), 0.0)
+        x_ = weigh(x_, G, lw, seg, start, T, i, i, H, C, DECAY, 0, False, False)
         tl.store(square(Px, N, C), x_.to(Px.dtype.element_ty))
     if RULE == "dplr":
-        a_ = weigh(a_, G, lw, seg, start, T, H, C, DECAY, 0, False)
+        tl.store(own_a + at, tl.sum(tl.where(eye, a_, 0.0), 1), mask=inside)
+        a_ = weigh(a_, G, lw, seg, start, T, i, i, H, C, DECAY, 0, False, False)
         tl.store(square(Pa, N, C), a_.to(Pa.dtype.element_ty))
-        w_ = tl.where(strict, weigh(w_, G, lw, seg, start, T, H, C, DECAY, 0, False), 0.0)
+        w_ = weigh(w_, G, lw, seg, start, T, i, i, H, C, DECAY, 0, False, False)
         tl.store(square(Pw, N, C), w_.to(Pw.dtype.element_ty))
 
 
@@ -159,7 +163,7 @@ def fade(
 @triton.jit
 def gradients(
     q, k, a, b, q_in, k_out, b_in, a_out, u, beta, g, G, lw, seg, sums, ends, value, w, dy, dx, dden,
-    states, nstates, dstates, dnstates, Pq, Px, Pa, Pw, dq, dk, da, db, dg, dweight, du, B, T,
+    states, nstates, dstates, dnstates, Pq, Px, Pa, Pw, own, own_a, dq, dk, da, db, dg, dweight, du, B, T,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, STRONG: tl.constexpr, CT: tl.constexpr,
     PREC: tl.constexpr,
@@ -213,99 +217,92 @@ def gradients(
         last = tl.load(sums + (start + final) * (H * K) + cols, mask=cols < K, other=0.0)
         over = 1.0 / end
         in_q, in_b = in_q * end[None, :], in_b * end[None, :]
-    out, late, met = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32), total
+    out, late, met = scale, scale, total
     if dg is not None:
         met = meeting(states, dstates, cols, K, V, BK, BV) * total
     if nstates is not None:
         before = tl.load(nstates + N * K + cols, mask=cols < K, other=0.0)
         after = tl.load(dnstates + N * K + cols, mask=cols < K, other=0.0)
         met += before * after * total
-    # q
+    # what reads: q, and what corrects, which is k with minus dx, or b
     d = state_share(dy, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
     if nstates is not None:
         d += vector(dden + per_head, start, T, H, C)[:, None] * before[None, :]
     z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
     d = d * in_q + pair_share(Pq, N, z, gi, SHIFT, 0, False, C, STRONG, CT, PREC)
+    if RULE != "outer":
+        e = state_share(dx + per_head * V, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_b
+        e += pair_share(Px, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
     if RULE == "dplr":
         z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
         d += pair_share(Pa, N, z, gi, 0, 0, False, C, STRONG, CT, PREC)
+        e += pair_share(Pw, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
     if MILD:
         d *= fade(sums, last, start, T, cols, K, H * K, C, True, SHIFT == 1)
+        if RULE != "outer":
+            e *= fade(sums, last, start, T, cols, K, H * K, C, True, LATE == 1)
     qf = heads(q, batch, T, h, start, cols, H, R, K, C)
+    kf = heads(k, batch, T, h, start, cols, H, R, K, C)
     if dg is not None:
-        out = qf * d if DECAY == 2 else tl.sum(qf * d, 1)[:, None]
+        out = qf * d if DECAY == 2 else tl.sum(qf * d, 1)
         if SHIFT == 1:
-            late, out = out, 0.0 * out
-    if u is not None:
-        whole = tl.arange(0, POWER(V))
-        own = tl.sum(
-            tile(value, start, T, whole, V, H * V, C).to(tl.float32)
-            * tile(dy, start, T, whole, V, H * V, C).to(tl.float32), 1
-        )  # fmt: skip
-        kf = heads(k, batch, T, h, start, cols, H, R, K, C)
-        uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
-        tl.store(du + N * K + cols, tl.sum(own[:, None] * qf * kf, 0), mask=cols < K)
-        d += own[:, None] * uf * kf
+            late = out
+            out = tl.zeros_like(late)
+        if RULE == "delta":
+            out -= kf * e if DECAY == 2 else tl.sum(kf * e, 1)
+    if own is not None:  # the pair of a step with itself, which knows no decay
+        mine = vector(own + per_head, start, T, H, C)[:, None]
+        if u is not None:
+            uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
+            tl.store(du + N * K + cols, tl.sum(mine * qf * kf, 0), mask=cols < K)
+            mine *= uf
+        d += mine * kf
+    if RULE == "dplr":
+        late = heads(b, batch, T, h, start, cols, H, 1, K, C) * e
+        put(db + wide, e, start, T, cols, K, H * K, C)
+        mine_a = vector(own_a + per_head, start, T, H, C)[:, None]
+        d += mine_a * heads(a, batch, T, h, start, cols, H, 1, K, C)
     put(dq + wide, d, start, T, cols, K, H * K, C)
-    # k; its gradient stays free of delta's β until the end, because k · dk is then dβ
+    # what writes: k, whose gradient stays free of delta's β until k · dk was taken, which is dβ; and a
     d = state_share(value, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
     if nstates is not None:
         d += after[None, :]
     d *= in_k
+    if RULE == "dplr":
+        w_ = state_share(w + per_head * V, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_k
+        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+        met += tl.sum(z * w_, 0)
     if dg is not None:
         z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
         met += tl.sum(z * d * scale[:, None], 0)
     z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
     d += pair_share(Pq, N, z, gi, 0, SHIFT, True, C, STRONG, CT, PREC)
-    if RULE == "delta":  # what corrects is k, with minus dx
+    if RULE == "dplr":
+        w_ += pair_share(Pa, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
+        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
+        d += pair_share(Px, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
+        w_ += pair_share(Pw, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
+    if RULE == "delta":
         z = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
         d -= pair_share(Px, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
-    if RULE == "dplr":
-        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
-        d += pair_share(Px, N, z, gi, 0, 1, True, C, STRONG, CT, PREC)
     if MILD:
-        d *= fade(sums, last, start, T, cols, K, H * K, C, False, False)
+        faded = fade(sums, last, start, T, cols, K, H * K, C, False, False)
+        d *= faded
+        if RULE == "dplr":
+            w_ *= faded
     kf = heads(k, batch, T, h, start, cols, H, R, K, C)
     if dg is not None:
-        out -= kf * d * scale[:, None] if DECAY == 2 else tl.sum(kf * d * scale[:, None], 1)[:, None]
-    if u is not None:
-        d += own[:, None] * uf * heads(q, batch, T, h, start, cols, H, R, K, C)
+        out -= kf * d * scale[:, None] if DECAY == 2 else tl.sum(kf * d, 1) * scale
+    if own is not None:
+        d += mine * heads(q, batch, T, h, start, cols, H, R, K, C)
     if dweight is not None:
         tl.store(dweight + share, tl.sum(kf * d, 1), mask=here)
     d *= scale[:, None]
-    if RULE != "delta":
-        put(dk + wide, d, start, T, cols, K, H * K, C)
-    # what corrects: k again, or b
-    if RULE != "outer":
-        e = d
-        d = state_share(dx + per_head * V, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_b
-        z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
-        d += pair_share(Px, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
-    if RULE == "delta":
-        if MILD:
-            d *= fade(sums, last, start, T, cols, K, H * K, C, True, False)
-        if dg is not None:
-            out -= kf * d if DECAY == 2 else tl.sum(kf * d, 1)[:, None]
-        put(dk + wide, e - d, start, T, cols, K, H * K, C)
+    put(dk + wide, d - e if RULE == "delta" else d, start, T, cols, K, H * K, C)
     if RULE == "dplr":
-        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
-        d += pair_share(Pw, N, z, gi, 1, 0, False, C, STRONG, CT, PREC)
-        if MILD:
-            d *= fade(sums, last, start, T, cols, K, H * K, C, True, True)
-        late += heads(b, batch, T, h, start, cols, H, 1, K, C) * d
-        put(db + wide, d, start, T, cols, K, H * K, C)
-        # a
-        d = state_share(w + per_head * V, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_k
-        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
-        met += tl.sum(z * d, 0)
-        z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
-        d += pair_share(Pa, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
-        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
-        d += pair_share(Pw, N, z, gi, 0, 1, True, C, STRONG, CT, PREC)
-        if MILD:
-            d *= fade(sums, last, start, T, cols, K, H * K, C, False, False)
-        out -= heads(a, batch, T, h, start, cols, H, 1, K, C) * d
-        put(da + wide, d, start, T, cols, K, H * K, C)
+        out -= heads(a, batch, T, h, start, cols, H, 1, K, C) * w_
+        w_ += mine_a * heads(q, batch, T, h, start, cols, H, R, K, C)
+        put(da + wide, w_, start, T, cols, K, H * K, C)
     if dg is not None:
         omega = tl.cumsum(out, 0, reverse=True)
         if SHIFT == 1 or RULE == "dplr":
@@ -313,9 +310,4 @@ def gradients(
         if DECAY == 2:
             put(dg + wide, omega + met[None, :], start, T, cols, K, H * K, C)
         else:
-            tl.store(dg + share[:, None], omega + tl.sum(met, 0), mask=here[:, None])
-
-
-@triton.constexpr_function
-def POWER(V):
-    return triton.next_power_of_2(V)
+            tl.store(dg + share, omega + tl.sum(met, 0), mask=here)

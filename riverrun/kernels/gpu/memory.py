@@ -33,13 +33,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import chunk, walk
 from .gradients import gradients, weights
-from .launch import launch
+from .launch import launch, scratch
 from .outputs import outputs
 
 OPS = ("outer", "mlstm", "delta", "dplr")
@@ -76,27 +75,31 @@ class Inputs:
     state: Tensor | None = None
     norm: Tensor | None = None  # mLSTM: the normaliser's state
     reset: Tensor | None = None
+    back: bool = False  # for the backward
 
     def __post_init__(self) -> None:
         for name in ("q", "k", "v", "g", "beta", "a", "b", "u", "lw", "m"):
             x = getattr(self, name)
-            setattr(self, name, x if x is None else x.contiguous())
+            if x is not None and not x.is_contiguous():
+                setattr(self, name, x.contiguous())
         for name in ("state", "norm"):
             x = getattr(self, name)
-            setattr(self, name, x if x is None else x.float().contiguous())
+            if x is not None:
+                setattr(self, name, x.float().contiguous())
         self.B, self.T, self.H, self.V = self.v.shape
         self.G, self.K = self.q.shape[2:]
         self.decay = 0 if self.g is None else self.g.dim() - 2
         self.seg = None if self.reset is None else self.reset.to(torch.int32).cumsum(1, dtype=torch.int32)
         types = [x.dtype for x in (self.q, self.k, self.v, self.a, self.b) if x is not None]
         bf16 = all(t == torch.bfloat16 for t in types)
+        self.half = bf16
         self.store = torch.bfloat16 if bf16 else torch.float32
         self.CT = tl.bfloat16 if bf16 else tl.float32
         self.prec = "tf32x3" if torch.float32 in types else "tf32"
-        self.C = length(bf16, self.inline)
+        self.C = length(bf16, self.inline and not self.back)
         # narrower tiles than these are not safe: Triton 3.6 miscompiles some of their products on Hopper
         self.least = (64, 32) if bf16 else (16, 16)
-        self.BK = max(self.least[0], triton.next_power_of_2(self.K))
+        self.BK = max(self.least[0], power(self.K))
         self.chunks = -(-self.T // self.C)
         self.blocks = -(-self.V // self.BV)
         self.G_sum = self.sum_decays() if self.decay == 1 else None
@@ -118,17 +121,17 @@ class Inputs:
     def BV(self) -> int:
         """Values of a state that a walk holds: what registers and shared memory hold beside K keys, fewer
         where that fills the device."""
-        half = self.CT == tl.bfloat16
-        most = 64 if self.BK <= 128 and half else 32 if self.BK <= 128 or half else 16
+        most = 64 if self.BK <= 128 and self.half else 32 if self.BK <= 128 or self.half else 16
         idle = self.B * self.H * self.V < 128 * processors(self.v.device)
-        if self.rule == "dplr" or (self.rule == "delta" and idle):
+        # with decays per key only one program's tiles fit on a multiprocessor
+        if self.rule == "dplr" or (self.rule == "delta" and idle and (self.decay < 2 or self.BK < 128)):
             most = min(most, 32)
-        return min(most, max(self.least[1], triton.next_power_of_2(self.V)))
+        return min(most, max(self.least[1], power(self.V)))
 
     @property
     def state_tile(self) -> tuple[int, int]:
         """Keys and values of a state that a program of `walk.accumulate` holds."""
-        return min(64, self.BK), min(64, max(self.least[1], triton.next_power_of_2(self.V)))
+        return min(64, self.BK), min(64, max(self.least[1], power(self.V)))
 
     @property
     def state_blocks(self) -> int:
@@ -140,10 +143,11 @@ class Inputs:
 
     @cached_property
     def parts(self) -> int:
-        """Into how many parts time is cut: two programs a multiprocessor, parts of at least 8 chunks."""
+        """Into how many parts time is cut: two programs a multiprocessor."""
         programs, room = self.B * self.H * self.state_blocks, processors(self.v.device)
-        worth = 3 if self.rule == "outer" else 8  # a transition costs as much again as the state
-        return max(1, min(2 * room // programs, self.chunks // 8)) if worth * programs <= room else 1
+        # a transition costs as much again as the state, and a short walk is over before a second launch
+        worth, least = (2, 64) if self.rule == "outer" else (8, 8)
+        return max(1, min(2 * room // programs, self.chunks // least)) if worth * programs <= room else 1
 
     @property
     def wgmma(self) -> bool:
@@ -153,22 +157,30 @@ class Inputs:
         Triton 3.6 miscompiles some products for them (wrong numbers, reads outside shared memory); the older
         ones are always right. These are the cases in which every gradient agreed with the definition.
         """
-        return self.CT == tl.bfloat16 and self.BK <= 128
+        return self.half and self.BK <= 128
 
     def sum_decays(self) -> Tensor:
         G = torch.empty(self.g.shape, dtype=torch.float32, device=self.g.device)
-        BW = min(16, triton.next_power_of_2(self.H))
+        BW = min(16, power(self.H))
         grid = (self.chunks, -(-self.H // BW), self.B)
         launch(chunk.running_sum, grid, (self.g, G, self.T), (self.H, BW, self.C), 4)
         return G
+
+    def scratch(self, *wanted):
+        return scratch(self.v.device, *wanted)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
 
-def length(bf16: bool, inline: bool) -> int:
+def length(bf16: bool, long: bool) -> int:
     """Steps a chunk. Where outputs make A themselves, long chunks are few states to write and read."""
-    return 32 if not bf16 else 128 if inline else 64
+    return 32 if not bf16 else 128 if long else 64
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
 
 
 @cache
@@ -183,6 +195,7 @@ class Made:
 
     q: Tensor
     k: Tensor
+    group: int  # heads that share a head of q and k
     A: Tensor | None = None
     Aa: Tensor | None = None
     Lk: Tensor | None = None
@@ -195,7 +208,7 @@ class Made:
 
 def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
     """`known` are the (C, C) matrices (A, Aa, Lk, W) of the forward, if this is its backward."""
-    made = Made(x.q, x.k)
+    made = Made(x.q, x.k, 1 if x.decay == 2 else x.H // x.G)
     if x.inline:
         return made
     full, delta, dplr = x.decay == 2, x.rule == "delta", x.rule == "dplr"
@@ -212,18 +225,19 @@ def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
             (*raw, *((None,) * 4 if strong else faded), x.u, x.beta, x.g, x.G_sum, x.seg,
              made.A, made.Aa, made.Lk, made.W, made.ends, x.T),
             (x.H, x.H // x.G, x.K, min(x.BK, 64), x.BK, x.C, x.rule, x.decay, strong, x.CT, x.prec),
-            4, 1, x.wgmma,
+            4, 1, x.wgmma, None if strong else pair_registers(x),
         )  # fmt: skip
     return made
 
 
 def fade(x: Inputs, made: Made, summed: bool) -> None:
     """Multiplies decays per key into what meets the state."""
-    delta, dplr, sequence = x.rule == "delta", x.rule == "dplr", (x.B, x.T, x.H, x.K)
-    made.q, made.k = (x.new(*sequence, dtype=x.store) for _ in range(2))
-    made.b_in, made.a_out = (x.new(*sequence, dtype=x.store) if n else None for n in (delta or dplr, dplr))
-    made.ends = x.new(x.B * x.H, x.chunks, x.K)
-    made.sums = x.new(*sequence) if summed else None
+    delta, dplr, tile = x.rule == "delta", x.rule == "dplr", (x.store, x.B, x.T, x.H, x.K)
+    made.q, made.k, made.b_in, made.a_out, made.ends = x.scratch(
+        tile, tile, tile if delta or dplr else None, tile if dplr else None,
+        (torch.float32, x.B * x.H, x.chunks, x.K),
+    )  # fmt: skip
+    made.sums = x.new(x.B, x.T, x.H, x.K) if summed else None
     BK = min(x.BK, 64)
     launch(
         chunk.fading, (-(-x.K // BK), x.chunks, x.B * x.H),
@@ -238,11 +252,8 @@ class Parts:
 
     count: int
     chunks: int
+    width: int = 0
     local: Tensor | None = None  # (B·H, parts, K, width): final states from zero, then transitions
-
-    @property
-    def width(self) -> int:
-        return self.local.shape[-1]
 
 
 def divide(x: Inputs) -> Parts:
@@ -253,21 +264,21 @@ def divide(x: Inputs) -> Parts:
 def cut(x: Inputs, made: Made) -> Parts:
     p = divide(x)
     if p.count > 1:
-        known = x.blocks * x.BV  # transitions begin on a block's edge
-        p.local = x.new(x.B * x.H, p.count, x.K, known + x.K)
+        p.width = x.blocks * x.BV + x.K  # transitions begin on a block's edge
+        (p.local,) = x.scratch((torch.float32, x.B * x.H, p.count, x.K, p.width))
         launch_forward(x, made, p, None, local=True, S1=p.local)
     return p
 
 
-def join(x: Inputs, count: int, local, total, width: int, nlocal, state, norm, backwards: bool):
-    """The state (or its gradient) with which each part is entered."""
-    starts = x.new(x.B * x.H, count, x.K, x.V)
-    nstarts = None if nlocal is None else x.new(x.B * x.H, count, x.K)
-    BV = min(32, max(16, triton.next_power_of_2(x.V)))
+def join(x: Inputs, count: int, local, width: int, total, total_width: int, nlocal, start, backwards: bool):
+    """The state and normaliser (or their gradients) with which each part is entered; `start`: the first."""
+    part = (torch.float32, x.B * x.H, count, x.K)
+    starts, nstarts = x.scratch((*part, x.V), None if nlocal is None else part)
+    BV = min(32, max(16, power(x.V)))
     launch(
         walk.join, (-(-x.V // BV), x.B * x.H),
-        (local, total, nlocal, state, norm, starts, nstarts, count, local.shape[-1]),
-        (x.K, x.V, x.BK, BV, x.blocks * x.BV, backwards, x.rule != "outer", width), 4, wgmma=False,
+        (local, total, nlocal, *start, starts, nstarts, count, width),
+        (x.K, x.V, x.BK, BV, x.blocks * x.BV, backwards, x.rule != "outer", total_width), 4, wgmma=False,
     )  # fmt: skip
     return starts, nstarts
 
@@ -283,19 +294,20 @@ def accumulate(x: Inputs, made: Made, dy=None, fed=None, state=None, norm=None, 
             walk.accumulate, (x.state_blocks, p.count, BH),
             (source, dy if back else x.v, x.G_sum, x.lw, fed, made.ends, x.seg, S0, n0, states, nstates, S1, n1,
              total, x.T, p.chunks),
-            (x.H, x.H // source.shape[2], x.K, x.V, BK, BV, x.C, x.decay, x.shift, back, local, x.CT, x.prec),
+            (x.H, made.group, x.K, x.V, BK, BV, x.C, x.decay, x.shift, back, local, x.CT, x.prec),
             4, sum_stages(x), x.wgmma,
         )  # fmt: skip
 
-    def sums(*shape):
-        return x.new(*shape, x.K) if x.normed else None
-
+    f32 = torch.float32
     if p.count > 1:
-        local, nlocal, total = x.new(BH, p.count, x.K, x.V), sums(BH, p.count), x.new(BH, p.count, x.K)
+        part = (f32, BH, p.count, x.K)
+        local, nlocal, total = x.scratch((*part, x.V), part if x.normed else None, part)
         go(None, None, None, None, local, nlocal, total, True)
-        state, norm = join(x, p.count, local, total, x.K, nlocal, state, norm, back)
-    states, nstates = x.new(BH, x.chunks, x.K, x.V, dtype=x.store), sums(BH, x.chunks)
-    S1, n1 = (x.new(x.B, x.H, x.K, x.V), sums(x.B, x.H)) if last else (None, None)
+        state, norm = join(x, p.count, local, x.V, total, x.K, nlocal, (state, norm), back)
+    before = (BH, x.chunks, x.K)
+    states, nstates = x.scratch((x.store, *before, x.V), (f32, *before) if x.normed else None)
+    S1 = x.new(x.B, x.H, x.K, x.V) if last else None
+    n1 = x.new(x.B, x.H, x.K) if last and x.normed else None
     go(state, norm, states, nstates, S1, n1, None, False)
     return states, nstates, S1, n1
 
@@ -306,26 +318,28 @@ def launch_outputs(x: Inputs, made: Made, states, nstates=None, dy=None):
     y = torch.empty_like(x.v)
     den = x.new(x.B, x.T, x.H) if x.normed and not back else None
     source, other = (made.k, made.q) if back else (made.q, made.k)
-    BV = output_values(x)
+    BV, rows = output_values(x), min(x.C, 64)
     launch(
-        outputs, (-(-x.V // BV), x.chunks, x.B * x.H),
+        outputs, (-(-x.V // BV), x.chunks * (x.C // rows), x.B * x.H),
         (source, other, dy if back else x.v, x.G_sum, x.lw, x.m, x.seg, made.A, states,
          None if back else nstates, y, den, x.T),
-        (x.H, x.H // source.shape[2], x.K, x.V, x.BK, BV, x.C, x.decay, x.shift, back, x.CT, x.prec),
-        output_warps(x), 1, x.wgmma,
+        (x.H, made.group, x.K, x.V, x.BK, BV, x.C, rows, x.decay, x.shift, back, x.CT, x.prec),
+        4, 1, x.wgmma, output_registers(x),
     )  # fmt: skip
     return y, den
 
 
 def launch_forward(x, made, p, S0, *, local=False, y=None, S1=None, keep=(None, None)):
     """`walk.forward` over all parts; `keep` is (states, errors) to write."""
-    blocks = -(-p.width // x.BV) if local else x.blocks
+    # with decays per key, states alone leave room for two programs a multiprocessor
+    BV = min(x.BV, 32) if x.decay == 2 and y is None and not local else x.BV
+    blocks = -(-(p.width if local else x.V) // BV)
     launch(
         walk.forward, (blocks, p.count, x.B * x.H),
         (made.q, made.k, x.v, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.seg,
          made.A, made.Aa, made.Lk, made.W, S0, y, S1, *keep, x.T, p.chunks),
-        (x.H, x.H // made.k.shape[2], x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local,
-         p.width if local else x.V, x.CT, x.prec),
+        (x.H, made.group, x.K, x.V, x.BK, BV, x.C, x.rule, x.decay, local, p.width if local else x.V, x.CT,
+         x.prec),
         warps(x), stages(x), x.wgmma,
     )  # fmt: skip
 
@@ -335,7 +349,7 @@ def launch_reverse(x, made, p, dy, dS1, *, local=False, dv=None, dx=None, dstate
         walk.reverse, (x.blocks, p.count, x.B * x.H),
         (made.q, made.k, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.seg,
          made.A, made.Aa, made.Lk, made.W, dy, dS1, dv, dx, dstates, dS0, x.T, p.chunks),
-        (x.H, x.H // made.k.shape[2], x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local, x.CT, x.prec),
+        (x.H, made.group, x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local, x.CT, x.prec),
         warps(x), stages(x), x.wgmma,
     )  # fmt: skip
 
@@ -344,18 +358,25 @@ def warps(x: Inputs) -> int:
     return 8 if x.BK * x.BV > 128 * 64 else 4
 
 
-def wide(x: Inputs) -> int:
-    """Warps of the kernels that hold several tiles of a chunk at once."""
-    return 8 if x.C == 128 else 4
-
-
-def output_warps(x: Inputs) -> int:
-    return 8 if x.C == 128 else 4
-
-
 def output_values(x: Inputs) -> int:
     """Values a program of `outputs`."""
-    return min(64 if x.CT == tl.bfloat16 else 32, max(x.least[1], triton.next_power_of_2(x.V)))
+    most = 128 if x.half and x.BK <= 128 else 32
+    return min(most, max(x.least[1], power(x.V)))
+
+
+def pair_registers(x: Inputs) -> int | None:
+    """Registers a thread of `pairs`: three programs a multiprocessor, to wait for one another's inverses."""
+    return 168 if x.rule == "delta" and x.half else None
+
+
+def output_registers(x: Inputs) -> int | None:
+    """Registers a thread of `outputs`: three programs a multiprocessor."""
+    return 168 if x.half and x.BK <= 128 else None
+
+
+def gradient_registers(x: Inputs) -> int | None:
+    """Registers a thread of `gradients`: three programs a multiprocessor where that spills little."""
+    return 168 if x.normed and x.half else None
 
 
 def slice_of_keys(x: Inputs) -> int:
@@ -365,23 +386,23 @@ def slice_of_keys(x: Inputs) -> int:
 
 def slice_of_values(x: Inputs) -> int:
     """Values that `gradients` takes at once."""
-    most = 128 if x.CT == tl.bfloat16 else 64
-    return min(most, max(x.least[0], triton.next_power_of_2(x.V)))
+    most = 128 if x.half else 64
+    return min(most, max(x.least[0], power(x.V)))
 
 
 def stages(x: Inputs) -> int:
     """Chunks whose tiles are on their way to a walk at once."""
-    return 2 if x.CT == tl.bfloat16 and x.BK <= 128 else 1
+    return 2 if x.half and x.BK <= 128 else 1
 
 
 def sum_stages(x: Inputs) -> int:
-    return 3 if x.CT == tl.bfloat16 else 2
+    return 3 if x.half else 2
 
 
 def start(x: Inputs, p: Parts) -> Tensor | None:
     if p.count == 1:
         return x.state
-    return join(x, p.count, p.local, p.local, p.width, None, x.state, None, False)[0]
+    return join(x, p.count, p.local, p.width, p.local, p.width, None, (x.state, None), False)[0]
 
 
 def run(x: Inputs, made: Made) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -400,21 +421,21 @@ def run_backward(x: Inputs, made: Made, dy, dden, dS1, dn1) -> dict[str, Tensor 
     """Gradients by the names of `Inputs`; "weight" is that of β or of the log write weights."""
     if x.rule == "outer":
         states, nstates, _, _ = accumulate(x, made, state=x.state, norm=x.norm, last=False)
-        dstates, dnstates, dS0, dn0 = accumulate(x, made, dy, dden, dS1, dn1)
+        begun = x.state is not None
+        dstates, dnstates, dS0, dn0 = accumulate(x, made, dy, dden, dS1, dn1, last=begun)
         dv, _ = launch_outputs(x, made, dstates, dy=dy)
         others = rest(x, made, dy, None, dden, None, states, nstates, dstates, dnstates)
         return {"v": dv, "state": dS0, "norm": dn0, **others}
     p = cut(x, made)
-    BH, N = x.B * x.H, x.chunks
-    states, dstates = (x.new(BH, N, x.K, x.V, dtype=x.store) for _ in range(2))
-    errors = x.new(*x.v.shape, dtype=x.store)
+    each, like_v = (x.store, x.B * x.H, x.chunks, x.K, x.V), (x.store, *x.v.shape)
+    states, dstates, errors, dx = x.scratch(each, each, like_v, like_v if x.rule == "dplr" else None)
     launch_forward(x, made, p, start(x, p), keep=(states, errors))
-    dv, dS0 = torch.empty_like(x.v), x.new(x.B, x.H, x.K, x.V)
-    dx = torch.empty_like(errors) if x.rule == "dplr" else dv
+    dv, dS0 = torch.empty_like(x.v), None if x.state is None else torch.empty_like(x.state)
+    dx = dv if dx is None else dx
     if p.count > 1:
-        local = x.new(BH, p.count, x.K, x.V)
+        (local,) = x.scratch((torch.float32, x.B * x.H, p.count, x.K, x.V))
         launch_reverse(x, made, p, dy, None, local=True, dS0=local)
-        dS1, _ = join(x, p.count, local, p.local, p.width, None, dS1, None, True)
+        dS1, _ = join(x, p.count, local, x.V, p.local, p.width, None, (dS1, None), True)
     launch_reverse(x, made, p, dy, dS1, dv=dv, dx=dx, dstates=dstates, dS0=dS0)
     return {"v": dv, "state": dS0, **rest(x, made, dy, dx, dden, errors, states, None, dstates, None)}
 
@@ -425,40 +446,40 @@ def rest(x, made, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> d
     blocks, heads = -(-x.K // BK), (x.B, x.T, x.H)
     dq, dk = (x.new(*heads, x.K, dtype=t.dtype) for t in (x.q, x.k))
     da, db = (None if t is None else torch.empty_like(t) for t in (x.a, x.b))
-    dg = None if x.decay == 0 else x.new(blocks, *heads)
+    dg = None if x.decay == 0 else torch.empty_like(x.g) if blocks == 1 else x.new(blocks, *heads)
     if x.decay == 2:  # each program reads its sums before it writes its gradients in their place
         dg = made.sums if x.g.dtype == torch.float32 else torch.empty_like(x.g)
-    dweight = x.new(blocks, *heads) if x.rule == "delta" or x.normed else None
+    weight = x.beta if x.rule == "delta" else x.lw
+    dweight = None if weight is None else torch.empty_like(weight) if blocks == 1 else x.new(blocks, *heads)
     du = None if x.u is None else x.new(x.B, x.H, x.chunks, x.K)
     w = errors if x.rule == "dplr" else None
     value = errors if x.rule == "delta" else x.v
-    matrix, corrected = (x.B * x.H, x.chunks, x.C, x.C), x.rule != "outer"
-    needed = (True, corrected, x.rule == "dplr", x.rule == "dplr")
-    P = [x.new(*matrix, dtype=x.store) if n else None for n in needed]
+    matrix, corrected, dplr = (x.store, x.B * x.H, x.chunks, x.C, x.C), x.rule != "outer", x.rule == "dplr"
+    needed = (matrix, corrected and matrix, dplr and matrix, dplr and matrix)
+    row = (torch.float32, *heads)
+    apart = row if dplr or x.shift else None
+    *P, own, own_a = x.scratch(*(n or None for n in needed), apart, row if dplr else None)
     BV = slice_of_values(x)
     faded = (made.q, made.k, made.b_in, made.a_out)
     launch(
-        weights, (x.chunks, x.B * x.H), (value, w, dy, dx, x.G_sum, x.lw, x.seg, dden, *P, x.T),
-        (x.H, x.V, BV, x.C, x.rule, x.decay, x.shift, x.CT, x.prec), output_warps(x), 1, x.wgmma,
+        weights, (x.chunks, x.B * x.H),
+        (value, w, dy, dx, x.G_sum, x.lw, x.seg, dden, *P, own, own_a, x.T),
+        (x.H, x.V, BV, x.C, x.rule, x.decay, x.shift, x.CT, x.prec), 4, 1, x.wgmma,
     )  # fmt: skip
     for strong in (False, True) if x.decay == 2 else (False,):
         launch(
             gradients, (blocks, x.chunks, x.B * x.H),
-            (x.q, x.k, x.a, x.b, *((None,) * 4 if strong or x.decay < 2 else faded), x.u, x.beta, x.g, x.G_sum, x.lw, x.seg, made.sums, made.ends,
-             value, w, dy, dx, dden, states, nstates, dstates, dnstates, *P, dq, dk, da, db, dg, dweight, du, x.B, x.T),
+            (x.q, x.k, x.a, x.b, *((None,) * 4 if strong or x.decay < 2 else faded), x.u, x.beta, x.g, x.G_sum,
+             x.lw, x.seg, made.sums, made.ends, value, w, dy, dx, dden, states, nstates, dstates, dnstates,
+             *P, own, own_a, dq, dk, da, db, dg, dweight, du, x.B, x.T),
             (x.H, x.H // x.G, x.K, x.V, BK, BV, x.C, x.rule, x.decay, strong, x.CT, x.prec),
-            wide(x), 1, x.wgmma,
+            4, 1, x.wgmma, gradient_registers(x),
         )  # fmt: skip
     if x.G != x.H:
         dq, dk = (d.view(x.B, x.T, x.G, -1, x.K).sum(3) for d in (dq, dk))
     return {
         "q": dq, "k": dk, "a": da, "b": db,
-        "g": dg if x.decay != 1 else folded(dg).to(x.g.dtype),
-        "weight": None if dweight is None else folded(dweight),
+        "g": dg if x.decay != 1 or blocks == 1 else dg.sum(0).to(x.g.dtype),
+        "weight": dweight if weight is None or blocks == 1 else dweight.sum(0).to(weight.dtype),
         "u": None if du is None else du.sum((0, 2)).to(x.u.dtype),
     }  # fmt: skip
-
-
-def folded(shares: Tensor) -> Tensor:
-    """The sum over key blocks."""
-    return shares[0] if len(shares) == 1 else shares.sum(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from riverrun.kernels.library import define
 
 from . import memory, step
-from .launch import launch
+from .launch import launch, scratch
 from .memory import Inputs
 
 
@@ -24,7 +24,7 @@ def _forward(q, k, v, g, u, state, reset, save):
 
 
 def _backward(q, k, v, g, u, state, reset, y, S, A, dy, dS):
-    x = Inputs("outer", q, k, v, g, u=u, state=state, reset=reset)
+    x = Inputs("outer", q, k, v, g, u=u, state=state, reset=reset, back=True)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     made = memory.pairs(x, (A, None, None, None))
     d = memory.run_backward(x, made, dy, None, None if dS is None else dS.contiguous(), None)
@@ -68,8 +68,9 @@ def larger(f1, i1, f2, i2):
 
 
 @triton.jit
-def stabilise(f, i, m0, reset, m, g, lw, T, H: tl.constexpr, BT: tl.constexpr):
-    """m_t = max(f_t + m_{t-1}, i_t), g = f_t + m_{t-1} - m_t and lw = i_t - m_t of one batch row and head."""
+def stabilise(f, i, m0, reset, m, g, lw, mT, T, H: tl.constexpr, BT: tl.constexpr):
+    """m_t = max(f_t + m_{t-1}, i_t), g = f_t + m_{t-1} - m_t and lw = i_t - m_t of one batch row and head; the
+    last m to mT."""
     batch, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     base = batch * T * H + h
     carry = tl.load(m0 + batch * H + h) if m0 is not None else 0.0
@@ -94,6 +95,7 @@ def stabilise(f, i, m0, reset, m, g, lw, T, H: tl.constexpr, BT: tl.constexpr):
         tl.store(g + base + t * H, ft + last - mt, mask=inside)
         tl.store(lw + base + t * H, it - mt, mask=inside)
         carry = tl.sum(tl.where(at == BT - 1, mt, 0.0), 0)
+    tl.store(mT + batch * H + h, carry)
 
 
 @triton.jit
@@ -113,17 +115,16 @@ def unnormalise(y, dy, den, m, dnum, dden, ROWS, V: tl.constexpr, BV: tl.constex
     tl.store(dden + row, -tl.sum(g * out, 1) / weight * share * sign, mask=row < ROWS)
 
 
-def stabilised(
-    f: Tensor, i: Tensor, m0: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, g, lw), (B, T, H) float32 each."""
+def stabilised(f: Tensor, i: Tensor, m0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, ...]:
+    """(m, g, lw), (B, T, H) float32 each, and the last m (B, H)."""
     B, T, H = f.shape
     m, g, lw = (torch.empty(B, T, H, device=f.device) for _ in range(3))
+    mT = torch.empty(B, H, device=f.device)
     flag = None if reset is None else reset.contiguous().view(torch.uint8)
     m0 = None if m0 is None else m0.float().contiguous()
-    BT = min(1024, max(16, triton.next_power_of_2(T)))
-    launch(stabilise, (B * H,), (f.contiguous(), i.contiguous(), m0, flag, m, g, lw, T), (H, BT), 4)
-    return m, g, lw
+    BT = min(1024, max(16, memory.power(T)))
+    launch(stabilise, (B * H,), (f.contiguous(), i.contiguous(), m0, flag, m, g, lw, mT, T), (H, BT), 4)
+    return m, g, lw, mT
 
 
 def _mlstm_forward(q, k, v, f, i, S, n, m0, reset, save):
@@ -131,18 +132,18 @@ def _mlstm_forward(q, k, v, f, i, S, n, m0, reset, save):
         rows = [v.new_empty(*f.shape, dtype=torch.float32) for _ in range(4)]
         state = (S, n, m0) if S is not None else (None, None, None)
         return *step.mlstm(q, k, v, f, i, state, reset), *rows
-    m, g, lw = stabilised(f, i, m0, reset)
+    m, g, lw, mT = stabilised(f, i, m0, reset)
     x = Inputs("outer", q, k, v, g, lw=lw, m=m, state=S, norm=n, reset=reset)
     y, S, n, den = memory.run(x, memory.pairs(x))
-    return y, S, n, m[:, -1].clone(), m, g, lw, den
+    return y, S, n, mT, m, g, lw, den
 
 
 def _mlstm_backward(q, k, v, f, i, S0, n0, m0, reset, y, S, n, mT, m, g, lw, den, dy, dS, dn, dm):
-    dnum, dden = torch.empty_like(y), torch.empty_like(m)
+    dnum, dden = scratch(y.device, (y.dtype, *y.shape), (m.dtype, *m.shape))
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
-    BV, rows = triton.next_power_of_2(y.shape[-1]), m.numel()
+    BV, rows = memory.power(y.shape[-1]), m.numel()
     launch(unnormalise, (-(-rows // 16),), (y, dy, den, m, dnum, dden, rows), (y.shape[-1], BV, 16), 4)
-    x = Inputs("outer", q, k, v, g, lw=lw, m=m, state=S0, norm=n0, reset=reset)
+    x = Inputs("outer", q, k, v, g, lw=lw, m=m, state=S0, norm=n0, reset=reset, back=True)
     touched = not (dS is None and dn is None and dm is None)
     if touched:
         dS, dn, dm = (
@@ -150,11 +151,13 @@ def _mlstm_backward(q, k, v, f, i, S0, n0, m0, reset, y, S, n, mT, m, g, lw, den
         )
     d = memory.run_backward(x, memory.pairs(x), dnum, dden, dS, dn)
     df, di = d["g"], d["weight"]
-    dm0 = df[:, 0].clone() if reset is None else df[:, 0].masked_fill(reset[:, :1], 0)
+    dm0 = None
+    if m0 is not None:
+        dm0 = df[:, 0].clone() if reset is None else df[:, 0].masked_fill(reset[:, :1], 0)
     if touched:
         free = dm - (dS * S).sum((-1, -2)) - (dn * n).sum(-1)
         to_f, to_i, first = route(f, i, m, m0, reset, free)
-        df, di, dm0 = df + to_f, di + to_i, dm0 + first
+        df, di, dm0 = df + to_f, di + to_i, None if m0 is None else dm0 + first
     state = (like(d["state"], S0), like(d["norm"], n0), like(dm0, m0))
     return d["q"], d["k"], d["v"], df.to(f.dtype), di.to(i.dtype), *state, None
 

@@ -9,26 +9,28 @@ Both are one kernel: x reads the state, x and z make the pairs, whose values v a
 import triton
 import triton.language as tl
 
-from .chunk import put, rates, square, tile, vector, weigh
+from .chunk import edge, put, square, tile, weigh
 
 
 @triton.jit
 def outputs(
     x, z, v, G, lw, m, seg, A, states, nstates, y, den, T,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, CT: tl.constexpr,
-    PREC: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (value blocks, chunks, B·H). (x, z, v) is (q, k, v), or (k, q, dy) if REVERSE.
+    """Grid (value blocks, chunks · C / ROWS, B·H). (x, z, v) is (q, k, v), or (k, q, dy) if REVERSE.
 
     A has what `chunk.pairs` made of decays per key or a bonus, and x then comes with the decays per key
     multiplied in; else A is None. nstates: y is divided by the normaliser (mLSTM), whose sums go to den.
     """
-    pv, n, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    PARTS: tl.constexpr = C // ROWS
+    pv, n, bh = tl.program_id(0), tl.program_id(1) // PARTS, tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1) % PARTS
     batch, h = bh // H, bh % H
     GH: tl.constexpr = H // R
-    i, rows, cols = tl.arange(0, C), tl.arange(0, BK), pv * BV + tl.arange(0, BV)
-    start, N = batch * 0 + n * C, bh * tl.num_programs(1) + n
+    i, keys, cols = tl.arange(0, ROWS), tl.arange(0, BK), pv * BV + tl.arange(0, BV)
+    start, N = batch * 0 + n * C, bh * (tl.num_programs(1) // PARTS) + n
     group, values, per_head = (batch * T * GH + h // R) * K, (batch * T * H + h) * V, batch * T * H + h
     if G is not None:
         G += per_head
@@ -36,27 +38,35 @@ def outputs(
         lw += per_head
     if seg is not None:
         seg += batch * T
-    x_ = tile(x + group, start, T, rows, K, GH * K, C).to(CT)
-    inside = (rows < K)[:, None] & (cols < V)[None, :]
-    S = tl.load(states + (N * K + rows[:, None]) * V + cols[None, :], mask=inside, other=0.0).to(CT)
-    v_ = tile(v + values, start, T, cols, V, H * V, C).to(CT)
-    if A is None:
-        z_ = tile(z + group, start, T, rows, K, GH * K, C).to(CT)
-        pair = tl.dot(x_, tl.trans(z_), input_precision=PREC)
-        pair = weigh(pair, G, lw, seg, start, T, H, C, DECAY, 0, REVERSE)
-    elif REVERSE:
-        pair = tl.trans(tl.load(square(A, N, C)))
-    else:
-        pair = tl.load(square(A, N, C))
-    read, reach, leave, through = rates(G, lw, seg, start, T, H, C, DECAY, SHIFT)
-    factor = leave if REVERSE else read
+    rows, here = part * ROWS + i, start + part * ROWS
+    x_ = tile(x + group, here, T, keys, K, GH * K, ROWS).to(CT)
+    inside = (keys < K)[:, None] & (cols < V)[None, :]
+    S = tl.load(states + (N * K + keys[:, None]) * V + cols[None, :], mask=inside, other=0.0).to(CT)
     out = tl.dot(x_, S, input_precision=PREC)
+    factor = edge(G, lw, seg, start, T, rows, H, C, DECAY, SHIFT, REVERSE)
     if DECAY == 1 or seg is not None:
         out *= factor[:, None]
-    out = tl.dot(pair.to(CT), v_, out, input_precision=PREC)
+    weight = factor
     if nstates is not None:
-        norm = tl.load(nstates + N * K + rows, mask=rows < K, other=0.0)
-        weight = tl.sum(x_.to(tl.float32) * norm[None, :], 1) * factor + tl.sum(pair, 1)
-        tl.store(den + per_head + (start + i) * H, weight, mask=(i < (T - start).to(tl.int32)) & (pv == 0))
-        out /= tl.maximum(tl.abs(weight), tl.exp(-vector(m + per_head, start, T, H, C)))[:, None]
-    put(y + values, out, start, T, cols, V, H * V, C)
+        norm = tl.load(nstates + N * K + keys, mask=keys < K, other=0.0)
+        weight *= tl.sum(x_.to(tl.float32) * norm[None, :], 1)
+    if A is None:
+        for other in range(part if REVERSE else 0, PARTS if REVERSE else part + 1):
+            there = start + other * ROWS
+            z_ = tile(z + group, there, T, keys, K, GH * K, ROWS).to(CT)
+            v_ = tile(v + values, there, T, cols, V, H * V, ROWS).to(CT)
+            pair = tl.dot(x_, tl.trans(z_), input_precision=PREC)
+            pair = weigh(pair, G, lw, seg, start, T, rows, other * ROWS + i, H, C, DECAY, 0, True, REVERSE)
+            out += tl.dot(pair.to(CT), v_, input_precision=PREC)
+            if nstates is not None:
+                weight += tl.sum(pair, 1)
+    else:
+        v_ = tile(v + values, start, T, cols, V, H * V, C).to(CT)
+        pair = tl.load(square(A, N, C)).to(CT)
+        out += tl.dot(tl.trans(pair) if REVERSE else pair, v_, input_precision=PREC)
+    if nstates is not None:
+        past = per_head + (here + i) * H
+        inside = here + i < T
+        tl.store(den + past, weight, mask=inside & (pv == 0))
+        out /= tl.maximum(tl.abs(weight), tl.exp(-tl.load(m + past, mask=inside, other=0.0)))[:, None]
+    put(y + values, out, here, T, cols, V, H * V, ROWS)

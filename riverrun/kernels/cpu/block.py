@@ -45,24 +45,28 @@ def up4(n):
 
 @small
 def decays(mode, bonus, n, wide, rows):
-    """Products of decays, and scaled rows that meet the state. Rows taken out as vectors are vectorised."""
+    """Products of decays, and scaled rows that meet the state."""
     apart()
     one = rows.dtype.type(1)
     late = mode == DPLR  # r reads before the step's own decay
-    rows[ONES, 0] = rows[SUFFIX, n - 1] = one
+    decay, prefix, suffix = rows[DECAY], rows[PREFIX], rows[SUFFIX]
+    for k in range(wide):
+        rows[ONES, 0, k] = one
     for i in range(n):
-        now, before = rows[PREFIX, i], rows[PREFIX, i - 1] if i else rows[ONES, 0]
-        scale(now, before, rows[DECAY, i], wide)
-        scale(rows[QS, i], rows[Q, i], before if bonus else now, wide)
-        if mode:
-            scale(rows[RS, i], rows[R, i], before if late else now, wide)
+        for k in range(wide):
+            before = prefix[i - 1, k] if i else one
+            now = before * decay[i, k]
+            prefix[i, k] = now
+            rows[QS, i, k] = rows[Q, i, k] * (before if bonus else now)
+            if mode:
+                rows[RS, i, k] = rows[R, i, k] * (before if late else now)
     for i in range(n - 1, -1, -1):
-        after = rows[SUFFIX, i]
-        if i < n - 1:
-            scale(after, rows[SUFFIX, i + 1], rows[DECAY, i + 1], wide)
-        scale(rows[KS, i], rows[K, i], after, wide)
-        if late:
-            scale(rows[AS, i], rows[A, i], after, wide)
+        for k in range(wide):
+            after = suffix[i + 1, k] * decay[i + 1, k] if i < n - 1 else one
+            suffix[i, k] = after
+            rows[KS, i, k] = rows[K, i, k] * after
+            if late:
+                rows[AS, i, k] = rows[A, i, k] * after
 
 
 @small

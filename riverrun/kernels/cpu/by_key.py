@@ -117,7 +117,8 @@ def forward(first, step, mode, share, group, q, k, v, g, beta, u, a, b, reset, S
                     prepare(
                         mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares, near, head
                     )
-                    block.solve(mode, n, wide, broad, rows, squares, beta, i, t, h, S)
+                    if mode:
+                        block.solve(mode, n, wide, broad, rows, squares, beta, i, t, h, S)
                     block.read(mode, n, wide, broad, rows, squares, S)
                     block.write(mode, n, wide, broad, rows, S, S)
                     store(y, i, t, h, lo, V, n, rows[block.Y])
@@ -201,9 +202,10 @@ def backward(
                 prepare(
                     mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares, near, head
                 )
-                block.solve(mode, n, wide, broad, rows, squares, beta, i, t, h, S)
-                store(found, ZERO, t - start, ZERO, ZERO, broad, n, rows[block.X])
-                store(found, ONE, t - start, ZERO, ZERO, broad, n, rows[block.ERROR])
+                if mode:
+                    block.solve(mode, n, wide, broad, rows, squares, beta, i, t, h, S)
+                    store(found, ZERO, t - start, ZERO, ZERO, broad, n, rows[block.X])
+                    store(found, ONE, t - start, ZERO, ZERO, broad, n, rows[block.ERROR])
                 if t + n < stop:
                     block.write(mode, n, wide, broad, rows, states[kept], S)
                 blocks += 1
@@ -213,8 +215,9 @@ def backward(
                 n = (stop if which == blocks - 1 else starts[which + 1]) - t
                 if which < blocks - 1:
                     prepare(mode, q, k, v, g, u, a, b, i, t, h, lo, V, n, wide, rows, columns, squares, -T, h)
-                    load(rows[block.X], found, ZERO, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
-                    load(rows[block.ERROR], found, ONE, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
+                    if mode:
+                        load(rows[block.X], found, ZERO, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
+                        load(rows[block.ERROR], found, ONE, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
                 load(rows[block.Y], dy, i, t, h, lo, V, n, t + near, head)
                 S, fresh = states[before[which]], before[which] == NONE
                 gradient.gradients(

@@ -152,38 +152,33 @@ def through_state(mode, bonus, n, wide, broad, rows, columns, squares, S, dS):
 
 
 @small
-def gather(to, weight, row, passing, passes, width):
-    """to += weight row, after the row has gone through one more step's decay where it `passes`."""
-    if passes:
-        for k in range(width):
-            now = row[k] * passing[k]
-            row[k] = now
-            to[k] += weight * now
-    else:
-        for k in range(width):
-            to[k] += weight * row[k]
-
-
-@small
 def pairs(square, late, strict, x, keys, dx, dkeys, decay, moved, n, wide):
     """Gradients of x and keys through square[i, j] = Σ_k x_ik keys_jk Π_{j < s ≤ i} decay_sk, up to i - 1
     only where x is `late`: it reads before the step's own decay. moved is scratch."""
     apart()
     mask(square, n, strict, ONE)
-    for direction in range(2):
-        source = x if direction else keys
-        for i in range(n):
-            row, own = moved[i], source[i]
+    for j in range(n):
+        for k in range(wide):
+            moved[j, k] = keys[j, k]
+    for i in range(n):
+        for j in range(i + 1):
+            weight = square[i, j]
             for k in range(wide):
-                row[k] = own[k]
-        for step in range(n):
-            here = n - 1 - step if direction else step
-            to = dkeys[here] if direction else dx[here]
-            for other in range(here if direction else 0, n if direction else here + 1):
-                i, j = (other, here) if direction else (here, other)
-                last = i - 1 if late else i  # x_i meets key_j through the decays of steps j + 1 to `last`
-                passing = decay[j + 1 if direction else last] if j < last else decay[i]
-                gather(to, square[i, j], moved[other], passing, j < last, wide)
+                key = moved[j, k]
+                now = key * decay[i, k] if j < i else key
+                moved[j, k] = now
+                dx[i, k] += weight * (key if late else now)
+    for i in range(n):
+        for k in range(wide):
+            moved[i, k] = x[i, k]
+    for j in range(n - 1, -1, -1):
+        for i in range(j, n):
+            weight = square[i, j]
+            last = i - 1 if late else i  # x_i meets key_j through the decays of steps j + 1 to `last`
+            for k in range(wide):
+                now = moved[i, k] * decay[j + 1, k] if j < last else moved[i, k]
+                moved[i, k] = now
+                dkeys[j, k] += weight * now
 
 
 @small

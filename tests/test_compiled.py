@@ -71,10 +71,10 @@ def test_the_step_of_every_mixer_can_be_traced(monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("pattern", "dtype", "tolerance"),
-    [("gated_deltanet", torch.float64, 1e-10), ("mamba", torch.float32, 1e-4)],
+    [("gated_deltanet", torch.float64, 1e-10), ("mamba", torch.float32, 2e-5)],
 )
 def test_a_compiled_step_gives_what_the_model_gives(pattern, dtype, tolerance):
-    # logits of size 1 after some hundred sums: errors of 1e-16 and 6e-8, times some hundred, rounded up
+    # logits of size 1 to 10 after some hundred sums: errors of 1e-16 and 6e-8 times some tens, rounded up
     made = model(pattern, dtype)
     engine = Compiled(made)
     agreeing(made, engine, tolerance)

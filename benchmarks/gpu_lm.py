@@ -196,7 +196,7 @@ def train_rows(stacks: list[str], peers: bool, seconds: float) -> Iterator[str]:
     for stack in stacks:
         for T in LENGTHS:
             found = guarded(60, training, stack, "ours", T, seconds)
-            other = guarded(60, training, stack, "peer", T, seconds) if peers and stack in PEERS else None
+            other = guarded(40, training, stack, "peer", T, seconds) if peers and stack in PEERS else None
             both = isinstance(found, tuple) and isinstance(other, tuple)
             ratio = f"{found[0] / other[0]:.2f}" if both else ""
             for side, x in (("riverrun", found), (PEERS.get(stack, ("",))[0], other)):

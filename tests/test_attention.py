@@ -50,6 +50,7 @@ def test_a_long_window_does_not_keep_the_prompt_in_memory():
     mixer, x = attend(window=6), torch.randn(2, 500, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         _, state = mixer(x)
+        assert state[0].untyped_storage().nbytes() == states.nbytes(state[0])
         for t in range(50):
             _, state = mixer(x[:, t : t + 1], state)
             assert state[0].untyped_storage().nbytes() <= 5 * states.nbytes(state[0])
@@ -84,6 +85,24 @@ def test_prompts_of_unequal_length(args, float64):
             for i, p in enumerate(prompts):
                 alone = mixer(torch.cat([p, more[i : i + 1, : t + 1]], 1))[0][:, -1:]
                 close(y[i : i + 1], alone, f"prompt {i}, step {t}")
+
+
+def test_a_wider_step_is_not_rounded_into_a_narrower_state():
+    mixer, x = attend().float(), torch.randn(2, 9, WIDTH)
+    with torch.no_grad():
+        _, state = mixer(x)
+        mixer, x = mixer.double(), x.double()
+        _, after = mixer(x[:, :1], state)
+    assert state[0].dtype == torch.float32 and after[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("args", ATTENTIONS)
+def test_states_of_others_are_refused(args):
+    mixer, other = attend(**args), attend(**{**args, "num_key_heads": 1})
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    for state in (mixer(x[:1])[1], other(x)[1]):
+        with pytest.raises(ValueError, match=r"the state has shape .*; it must be \(\(2, 4"):
+            mixer(x, state)
 
 
 @pytest.mark.parametrize("args", ATTENTIONS)

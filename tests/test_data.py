@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Inside
+from tokenizers import models
 
 from riverrun.config import from_dict, keys, override, to_dict
 from riverrun.data import tokens
@@ -41,11 +43,28 @@ def test_a_stream_gives_the_tokens_of_the_whole(text, size):
         assert ids == tokenizer.encode(text)
 
 
+def test_a_stream_is_cut_before_a_space():
+    """What a space and the word after it make together must not depend on where the text is cut."""
+    tokenizer = BPETokenizer.train("the sea the sea the sea ", 270)
+    text = "the sea  the\nsea \n the sea " * 3
+    for size in (1, 4, 6):
+        pieces = [text[i : i + size].encode() for i in range(0, len(text), size)]
+        ids = [i for part in tokenizer.encode_stream(pieces) for i in part.tolist()]
+        assert ids == tokenizer.encode(text)
+
+
 def test_a_stream_without_spaces_stays_in_constant_memory(monkeypatch):
     monkeypatch.setattr(tokens, "LONGEST", 100)
     pieces = [b"sea" * 10] * 50
     sizes = [len(part) for part in BPE.encode_stream(pieces)]
     assert len(sizes) > 10 and max(sizes) <= 100
+
+
+def test_ids_take_the_narrowest_type_that_holds_them():
+    for size, dtype in ((257, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)):
+        tokenizer = ByteTokenizer()
+        tokenizer.size = size
+        assert tokenizer.dtype == dtype and np.array([tokenizer.end], tokenizer.dtype)[0] == size - 1
 
 
 def test_streaming_text_never_shows_half_a_character():
@@ -105,6 +124,16 @@ def test_wrong_tokenizers_are_refused(tmp_path):
         ByteTokenizer().decode([257])
 
 
+def test_vocabularies_that_are_not_of_bytes_are_refused(tmp_path):
+    for words in ({"a": 0, "b": 2}, {"a": 0, "漢": 1}):
+        with pytest.raises(ValueError, match="not that of a byte-level BPE"):
+            BPETokenizer(Inside(models.BPE(words, [])))
+    for text in ('{"kind": "bpe"}', '{"kind": "bpe", "tokenizers": 3}', "[]"):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match="not a readable tokenizer"):
+            tokens.load(tmp_path / "tokenizer.json")
+
+
 @pytest.fixture
 def books(tmp_path):
     (tmp_path / "b.txt").write_text("bcd")
@@ -126,6 +155,11 @@ def test_files_by_name_folder_and_pattern(books):
     a, b = books / "a.txt", books / "b.txt"
     assert find([str(b), str(books)]) == [b, a]
     assert find([str(books / "*.md")]) == [books / "notes.md"]
+    (books / "shelf").mkdir()
+    (books / "shelf" / "deep").mkdir()
+    (books / "shelf" / "deep" / "c.txt").write_text("c")
+    assert find([str(books / "**" / "*.txt")]) == [a, b, books / "shelf" / "deep" / "c.txt"]
+    assert find([str(books / "*")]) == [a, b, books / "notes.md"], "folders that match are no files"
     with pytest.raises(FileNotFoundError, match="nothing"):
         find([str(books / "nothing")])
 
@@ -143,6 +177,11 @@ def test_one_byte_is_a_text_but_no_window(tmp_path):
     corpus = Corpus.read([tmp_path / "one.txt"], ByteTokenizer())
     with pytest.raises(ValueError, match="has 2 tokens, fewer than the 9 of one window"):
         Batches(corpus, "windows", 1, 8)
+    with pytest.raises(ValueError, match="has 2 tokens, fewer than the 3 of one window"):
+        Batches(corpus, "windows", 1, 2)
+    for batch, length in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            Batches(corpus, "windows", batch, length)
     batch = Batches(corpus, "stream", 1, 1)[0]
     assert (batch.tokens.tolist(), batch.targets.tolist()) == ([[256]], [[120]])
 
@@ -170,6 +209,12 @@ def test_an_epoch_of_windows_reads_everything_once_in_another_order_each_time():
     for epoch in epochs:
         assert epoch.flatten().unique().numel() == 95  # 94 words and the end, which stands there twice
     assert not torch.equal(*epochs)
+
+
+def test_epochs_cut_their_windows_at_different_places():
+    places = [Batches(circle(96), "windows", 4, 8, seed=5).windows(3 * e) % 8 for e in range(6)]
+    assert len({tuple(p) for p in places}) > 1, "each epoch has one place, and they differ"
+    assert all((p == p[0]).all() for p in places)
 
 
 def test_a_stream_reads_on_where_it_stopped():

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -85,6 +86,7 @@ def test_the_pattern_repeats_to_the_depth():
         ("0 mamba", "count of at least 1"),
         ("3 mamba gated_deltanet", "terms are joined by"),
         ("", "terms are joined by"),
+        ("mamba + hydra", "sees the future"),
     ],
 )
 def test_a_wrong_pattern_is_refused(pattern, message):
@@ -99,6 +101,7 @@ def test_a_wrong_pattern_is_refused(pattern, message):
         (LanguageConfig(50, mixers={"gated_deltanet": {"heads": 2}}), "did you mean 'num_heads'"),
         (LanguageConfig(50, depth=0), "at least 1 layer"),
         (LanguageConfig(0), "vocabulary"),
+        (LanguageConfig(50, width=0), "width = 0"),
     ],
 )
 def test_a_wrong_config_is_refused(config, message):
@@ -114,12 +117,15 @@ def test_a_wrong_config_is_refused(config, message):
         (lambda m: m(text(9)[0]), ValueError, r"must be \(B, T\)"),
         (lambda m: m(text(9) + 50), ValueError, "vocabulary is 0..49"),
         (lambda m: m(text(9) - 50), ValueError, "vocabulary is 0..49"),
+        (lambda m: m(torch.full((2, 9), 50)), ValueError, "lie in 50..50"),
+        (lambda m: m(text(9), None, torch.zeros(2, 9)), ValueError, "reset is torch.float32"),
         (lambda m: m(text(9), None, torch.zeros(2, 8, dtype=torch.bool)), ValueError, "reset"),
         (lambda m: m(text(9), m(text(9, B=3))[1]), ValueError, "3 sequences, the tokens of 2"),
         (lambda m: m(text(9), build(depth=3)(text(9))[1]), ValueError, "another model's"),
         (lambda m: m(text(9), build(width=32)(text(9))[1]), ValueError, "another model's"),
         (lambda m: m(text(9), build("mamba + gated_deltanet")(text(9))[1]), ValueError, "another model's"),
         (lambda m: m(text(9), m(text(9))[1][0]), ValueError, "another model's"),
+        (lambda m: m(text(9), (m(text(9))[1][0], m(text(9))[1][1][:1])), ValueError, "another model's"),
         (lambda m: m(text(9), torch.zeros(2, 4)), ValueError, "Tensor"),
     ],
 )
@@ -137,6 +143,41 @@ def test_untrained_models_are_near_the_uniform_guess_and_stay_so_with_depth():
             x, _ = model.blocks[-1](torch.randn(2, 64, 64), None, None)
         assert logits.std() < 0.5  # so the loss begins within 0.13 of log(50)
         assert x.std() < 1.5
+
+
+def test_a_block_is_two_residual_layers():
+    block, x = build().double().blocks[0], torch.randn(2, 9, 16, dtype=torch.float64)
+    y, _ = block(x, None, None)
+    middle = x + block.mixer(block.mixer_norm(x))[0]
+    close(y, middle + block.mlp(block.mlp_norm(middle)), "block")
+
+
+def test_maps_into_the_residual_stream_shrink_with_depth():
+    shallow, deep = build(depth=2), build(depth=8)
+    for a, b in ((m.blocks[0].mixer.out.weight, m.blocks[0].mlp.out.weight) for m in (shallow, deep)):
+        assert a.std() > 0 and b.std() > 0
+    for part in ("mixer", "mlp"):
+        a, b = (getattr(m.blocks[0], part).out.weight.std() for m in (shallow, deep))
+        assert 1.7 < a / b < 2.3, "the root of 8 / 2, within what a few hundred draws spread"
+
+
+def test_an_untied_model_reads_its_own_output_map():
+    model = build(tied=False)
+    torch.nn.init.zeros_(model.head.weight)
+    assert model.output is model.head.weight and (model(text(9))[0] == 0).all()
+    assert build().output is not None and build().head is None
+
+
+@pytest.mark.parametrize(("name", "each"), [("gated_deltanet", 4), ("attention", 2)])
+def test_operations_are_two_a_weight_and_those_of_the_state(name, each):
+    """Only matrices count, and the embedding once, as the output map it is tied to."""
+    model = build(name)
+    _, state = model(text(100, B=1))
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    numbers = sum(x.numel() for x in states.leaves(state) if x.is_floating_point())
+    counts = count(model, T=100)
+    assert counts.state_bytes == states.nbytes(state)
+    assert abs(counts.forward_flops - 2 * weights - each * numbers) < 100  # a cache counts its positions too
 
 
 def test_counts_are_those_of_the_model():
@@ -218,6 +259,9 @@ def test_files_that_are_not_json_are_refused(saved):
     (path / "tokenizer.json").write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match="not a readable tokenizer"):
         folder.load(path)
+    (path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds list; it must hold an object"):
+        folder.load(path)
     (path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
         folder.load(path)
@@ -238,6 +282,24 @@ def test_a_missing_model_is_named_with_one_that_is_there(saved):
     _, path = saved
     with pytest.raises(FileNotFoundError, match=f"there is one in {path}"):
         folder.load(path.parent)
+    path.rename(path.with_name("step-1"))
+    shutil.copytree(path.with_name("step-1"), path.with_name("step-2"))
+    with pytest.raises(FileNotFoundError, match=r"there is one in .*step-2"):
+        folder.load(path.parent)
+
+
+def test_saving_again_leaves_one_folder_brought_to_the_disk(saved, monkeypatch):
+    model, path = saved
+    for end in ("new", "old"):  # what a killed run leaves
+        (path.parent / f".model.{end}").mkdir()
+    other, synced = build(vocabulary=257, depth=3), []
+    weight = other.blocks[0].mlp.out.weight
+    weight.data = weight.data.t().contiguous().t()  # strides are not what a file keeps
+    monkeypatch.setattr(folder.os, "fsync", synced.append)
+    folder.save(path, other, ByteTokenizer())
+    assert [p.name for p in path.parent.iterdir()] == ["model"] and len(synced) == 4
+    close(folder.load(path)[0](text(9))[0], other(text(9))[0], "saved again", bound=0)
+    assert model.config != folder.load(path)[0].config
 
 
 def test_a_full_disk_leaves_the_old_model(saved, monkeypatch):

@@ -24,6 +24,7 @@ def test_nbytes_and_describe():
 def test_to_leaves_integers_alone():
     moved = state.to(NESTED, torch.float64)
     assert moved[0].dtype == torch.float64 and moved[2][0].dtype == torch.long
+    assert state.to(torch.ones(1, dtype=torch.complex64), torch.complex128).dtype == torch.complex128
 
 
 def test_save_and_load(tmp_path):
@@ -32,6 +33,33 @@ def test_save_and_load(tmp_path):
     assert metadata == {"model": "x"} and state.describe(loaded) == state.describe(NESTED)
     for a, b in zip(state.leaves(loaded), state.leaves(NESTED), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_save_takes_shared_memory_strides_gradients_and_many_tensors(tmp_path):
+    x = torch.arange(6.0).view(3, 2).requires_grad_()
+    made = (x, x, x.mT, *(torch.full((1,), float(i)) for i in range(12)))
+    state.save(made, tmp_path / "s")
+    loaded, _ = state.load(tmp_path / "s")
+    assert all(torch.equal(a, b) for a, b in zip(loaded, made, strict=True))
+
+
+def test_flatten_takes_a_copy():
+    x = torch.zeros(3)
+    tensors, skeleton = state.flatten((x,))
+    x.fill_(1)
+    assert state.unflatten(tensors, skeleton)[0].tolist() == [0, 0, 0]
+
+
+def test_detach_cuts_every_tensor_from_its_graph():
+    x = torch.ones(2, requires_grad=True)
+    cut = state.detach((2 * x, (None, 3 * x)))
+    assert not any(y.requires_grad for y in state.leaves(cut))
+    assert cut[0].tolist() == [2, 2] and cut[1][0] is None and cut[1][1].tolist() == [3, 3]
+
+
+def test_states_of_other_nesting_are_not_mapped_together():
+    with pytest.raises(ValueError, match="shorter"):
+        state.tree_map(torch.add, (torch.ones(1), torch.ones(1)), (torch.ones(1),))
 
 
 def test_damaged_state_files_are_refused(tmp_path):

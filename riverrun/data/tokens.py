@@ -237,7 +237,7 @@ def load(path: str | Path) -> Tokenizer:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         return from_json(values)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # `tokenizers` raises nothing more special
         raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error
 
 

@@ -1,5 +1,7 @@
 """The compiled CPU kernels of the nonlinear cells, against their definitions and PyTorch's own networks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,6 +61,37 @@ def test_extremes(op):
     close_states(end, end0, "final state")
     largest = max(float(g.abs().max()) for g in grads0)
     assert all(float((a - b).abs().max()) <= 1e-9 * largest for a, b in zip(grads, grads0, strict=True))
+
+
+def test_equal_candidates_share_the_gradient_of_the_maximum():
+    """σ(0) m = ½ and i = log ½ are equal to the bit where the state's maximum is 0 and nothing is added."""
+    case = make("slstm", "no bias", Size(T=1), reset=False)
+    x, R, c = case.args
+    x = torch.zeros_like(x)
+    x[:, :, 0] = torch.nn.functional.logsigmoid(torch.zeros((), dtype=x.dtype))
+    h, s, n, m = case.state
+    case = replace(case, args=(x, torch.zeros_like(R), c), state=(h, s, n, torch.zeros_like(m)))
+    for impl in ("cpu", "sequential"):
+        m = case.state[3].clone().requires_grad_()
+        _, end = ops.slstm(*case.args, state=(*case.state[:3], m), impl=impl)
+        close(torch.autograd.grad(end[3].sum(), m)[0], torch.full_like(m, 0.5), impl)
+    agree(case)
+
+
+@pytest.mark.parametrize("op", CELLS)
+@pytest.mark.parametrize("T", [3, 37])
+def test_states_and_gradients_that_are_given_are_left_alone(op, T):
+    """What a kernel works on in place is its own copy; a reset at once would clear the first state."""
+    case = make(op, "bias", Size(T=T))
+    case.reset[:, 0] = True
+    args = [None if x is None else x.clone().requires_grad_() for x in case.args]
+    y, end = ops.OPS[op](*args, state=case.state, reset=case.reset, impl="cpu")
+    outputs = [y, *leaves(end)]
+    given = [torch.ones_like(x) for x in outputs]
+    torch.autograd.grad(outputs, [x for x in args if x is not None], given)
+    assert all((g == 1).all() for g in given)
+    case_again = make(op, "bias", Size(T=T))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(case.state), leaves(case_again.state), strict=True))
 
 
 @pytest.mark.parametrize("op", CELLS)

@@ -55,6 +55,44 @@ def test_equals_the_definition(op, form, T, state, reset):
 
 
 @pytest.mark.parametrize("op, form", CASES)
+@pytest.mark.parametrize("T", [2, 3, 4, 16, 32])
+def test_short_runs_and_whole_stretches(op, form, T):
+    """A few steps take a way of their own; 16 and 32 end with the last step of a stretch."""
+    agree(make(op, form, Size(T=T)))
+    agree(make(op, form, Size(T=T), reset=False))
+
+
+@pytest.mark.parametrize("op, form", CASES)
+def test_a_reset_at_every_step(op, form):
+    """Row i starts over at step i: at every place of a stretch, of a chunk and of a filter's reach."""
+    case = make(op, form, Size(B=40, T=40, D=16, W=4))
+    agree(replace(case, reset=torch.eye(40, dtype=torch.bool)))
+
+
+def test_equal_scores_share_the_gradient_of_the_maximum():
+    case = make("softmax", "head", Size(T=5))
+    s, v = case.args
+    m, c, a = case.state
+    agree(replace(case, args=(torch.zeros_like(s), v), state=(torch.zeros_like(m), c, a)))
+
+
+@pytest.mark.parametrize("op, form", CASES)
+@pytest.mark.parametrize("T", [3, 37])
+def test_states_and_gradients_that_are_given_are_left_alone(op, form, T):
+    """What a kernel works on in place is its own copy; a reset at once would clear the first state."""
+    case = make(op, form, Size(T=T))
+    case.reset[:, 0] = True
+    args = [None if x is None else x.clone().requires_grad_() for x in case.args]
+    y, end = ops.OPS[op](*args, state=case.state, reset=case.reset, impl="cpu")
+    outputs = [y, *leaves(end)]
+    given = [torch.ones_like(x) for x in outputs]
+    torch.autograd.grad(outputs, [x for x in args if x is not None], given)
+    assert all((g == 1).all() for g in given)
+    case_again = make(op, form, Size(T=T))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(case.state), leaves(case_again.state), strict=True))
+
+
+@pytest.mark.parametrize("op, form", CASES)
 def test_blocks_of_channels_add_up(op, form):
     """More channels than one task takes, and a last block that is not full."""
     agree(make(op, form, Size(B=1, T=5, D=150, V=150, H=1, N=3)))

@@ -14,15 +14,21 @@ Sources: Vaswani et al. 2017 (arXiv:1706.03762) eq. 1; the window, Beltagy et al
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from riverrun.state import State, describe
 
 from .rotary import positions, rotate
 
 Cache = tuple[Tensor, Tensor, Tensor]
+
+# without cuDNN's, which takes milliseconds to plan for each new length of a cache
+STEADY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(
@@ -106,10 +112,11 @@ def read(q: Tensor, kv: Tensor, mask: Tensor | None, beside: tuple[Tensor, Tenso
         a, b = always.to(q.dtype).expand(len(q), *always.shape).chunk(2, 1)
         q, mask = torch.cat([q, plain], -1), F.pad(mask, (always.shape[1], 0), value=True)
         k, v = torch.cat([F.pad(a, (K, 0)), F.pad(k, (0, K))], 2), torch.cat([b, v], 2)
-    scale = K**-0.5
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa, scale=scale
-    )
+    chosen = mask is not None and q.is_cuda and not torch.compiler.is_compiling()
+    with sdpa_kernel(STEADY) if chosen else nullcontext():
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa, scale=K**-0.5
+        )
     return y.transpose(1, 2)
 
 

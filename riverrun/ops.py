@@ -191,6 +191,11 @@ def forced(**impls: str) -> Iterator[None]:
         _forced.update(before)
 
 
+def is_forced() -> bool:
+    """Whether this runs inside `forced`: who names implementations wants no others beside them."""
+    return bool(_forced)
+
+
 def _op(recurrence: Recurrence, **parallel: Callable) -> Op:
     kernels = {}
     if gpu is not None and recurrence.name in gpu.KERNELS:

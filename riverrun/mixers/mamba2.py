@@ -71,5 +71,5 @@ class Mamba2(nn.Module):
             y, S = ops.outer(C, B, (dt[..., None] * u).to(u.dtype), -rate * dt, state=S, reset=reset)
         else:
             y, S = self.beyond.outer(C, B, u, dt, rate, S, reset)
-        y = y + self.skip[:, None] * u
+        y = torch.addcmul(y, self.skip[:, None], u)
         return self.out(self.norm(y.flatten(2), z)), (S, past)

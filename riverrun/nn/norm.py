@@ -6,13 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.ops import gpu
+from riverrun.kernels.cpu import norm as cpu
+from riverrun.ops import gpu, is_forced
 
 from .shape import wide
+
+SMALL = 16384  # numbers for which PyTorch's operators are as fast as a call of a kernel
+
+
+def in_one_pass(x: Tensor) -> bool:
+    """Whether the compiled norm runs x. In float64, and inside `ops.forced`, it is PyTorch's, which can be
+    differentiated twice; a few steps are not worth a call."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > SMALL and not is_forced()
 
 
 class RMSNorm(nn.RMSNorm):
     """w ⊙ x / sqrt(mean(x²) + eps) over the last axis. Zhang & Sennrich 2019 (arXiv:1910.07467) eq. 4."""
+
+    eps: float
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__(width, eps=eps)
@@ -20,7 +31,10 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.dtype == self.weight.dtype:  # whose own sums are float32
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return F.rms_norm(wide(x), self.normalized_shape, wide(self.weight), self.eps).to(x.dtype)
+        dtype, x, w = x.dtype, wide(x), wide(self.weight)
+        if in_one_pass(x):
+            return cpu.rms_norm(x, None, w, len(w), self.eps).to(dtype)
+        return F.rms_norm(x, self.normalized_shape, w, self.eps).to(dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -45,12 +59,14 @@ class GatedRMSNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         if gpu is not None and gpu.norm.refuses(x, z, self.group) is None:
             return gpu.norm.gated_rms_norm(x, z, self.weight, self.group, self.eps, self.before)
-        dtype, x, gate = x.dtype, wide(x), F.silu(wide(z))
+        dtype, x, z, w = x.dtype, wide(x), wide(z), wide(self.weight)
+        if in_one_pass(x):
+            return cpu.rms_norm(x, z, w, self.group, self.eps, self.before).to(dtype)
+        gate = F.silu(z)
         if self.before:
             x = x * gate
         x = F.rms_norm(x.unflatten(-1, (-1, self.group)), (self.group,), eps=self.eps)
-        x = x * wide(self.weight).view(-1, self.group)
-        x = x.flatten(-2)
+        x = (x * w.view(-1, self.group)).flatten(-2)
         return (x if self.before else x * gate).to(dtype)
 
 

@@ -1,0 +1,87 @@
+"""The compiled norms against PyTorch's operators, in float64, and when a layer runs them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from riverrun import ops
+from riverrun.kernels.cpu.norm import rms_norm
+from riverrun.nn import norm
+from riverrun.nn.norm import GatedRMSNorm, RMSNorm
+from riverrun.testing.tolerance import close, close_all
+
+EPS, WIDTH = 1e-5, 24
+
+
+def by_operators(x, z, w, group, before):
+    gate = 1.0 if z is None else F.silu(z)
+    n = F.rms_norm((x * gate if before else x).unflatten(-1, (-1, group)), (group,), eps=EPS)
+    y = (n * w.view(-1, group)).flatten(-2)
+    return y if before else y * gate
+
+
+@pytest.mark.parametrize("group, shared", [(24, False), (8, False), (8, True)])
+@pytest.mark.parametrize("place", ["plain", "after", "before"])
+@pytest.mark.parametrize("steps", [1, 5, 33])
+def test_against_operators(place, group, shared, steps):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, steps, WIDTH, dtype=torch.float64, generator=random).requires_grad_()
+    both = torch.randn(2, steps, 2 * WIDTH, dtype=torch.float64, generator=random).requires_grad_()
+    w = torch.randn(group if shared else WIDTH, dtype=torch.float64, generator=random).requires_grad_()
+    z = None if place == "plain" else both[..., WIDTH:]  # a gate is often a part of a wider row
+    slope = torch.randn(x.shape, dtype=torch.float64, generator=random)
+    wanted = [x, w] if z is None else [x, w, both]
+    ours = rms_norm(x, z, w, group, EPS, place == "before")
+    theirs = by_operators(x, z, w, group, place == "before")
+    close(ours, theirs, place)
+    close_all(torch.autograd.grad(ours, wanted, slope), torch.autograd.grad(theirs, wanted, slope), place)
+
+
+def large(dtype=torch.float32):
+    return torch.randn(2, norm.SMALL // WIDTH, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "layer", [RMSNorm(WIDTH), GatedRMSNorm(WIDTH, 8, shared=True)], ids=["plain", "gated"]
+)
+def test_when_a_layer_runs_them(layer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(norm.cpu, "rms_norm", lambda *args: calls.append(args) or rms_norm(*args))
+
+    def run(x):
+        return layer(x) if isinstance(layer, RMSNorm) else layer(x, x.flip(1))
+
+    y = run(large())
+    assert len(calls) == 1
+    with ops.forced(outer="chunk"):
+        close(run(large()), y, "operators", 1e-5)  # a few float32 roundings of numbers near 1
+    run(large()[:, :4])
+    layer.double()
+    run(large(torch.float64))
+    layer.float()
+    assert len(calls) == 1, "forced, a few steps and float64 are PyTorch's"
+    assert run(large().bfloat16()).dtype == torch.bfloat16 and len(calls) == 2
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    x, w, threads = large().requires_grad_(), torch.ones(WIDTH, requires_grad=True), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            y = rms_norm(x, x, w, WIDTH, EPS)
+            found.append((y, *torch.autograd.grad(y.square().sum(), [x, w])))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_second_derivative_is_refused_with_what_gives_one():
+    x = large().requires_grad_()
+    y = RMSNorm(WIDTH)(x)
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*forced"):
+        g.sum().backward()
+    with ops.forced(outer="chunk"):
+        (g,) = torch.autograd.grad(RMSNorm(WIDTH)(x).square().sum(), x, create_graph=True)
+        g.sum().backward()

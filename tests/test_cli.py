@@ -29,10 +29,10 @@ TINY = [
 ]
 
 
-def made(path, seed=0, width=16):
+def made(path, seed=0, width=16, pattern="mingru"):
     torch.manual_seed(seed)
     tokenizer = ByteTokenizer()
-    config = LanguageConfig(tokenizer.size, width, depth=1, pattern="mingru", tied=False)
+    config = LanguageConfig(tokenizer.size, width, depth=1, pattern=pattern, tied=False)
     folder.save(path, LanguageModel(config), tokenizer)
     return str(path)
 
@@ -78,6 +78,11 @@ def test_help_imports_nothing_heavy_and_names_every_command():
     assert all(name in shown for name in ("train", "generate", "eval", "mixers", "bench", "doctor"))
 
 
+def test_nothing_asked_is_help(riverrun):
+    code, out, err = riverrun()
+    assert (code, err) == (0, "") and "Usage" in out and "generate" in out
+
+
 def test_version(riverrun):
     assert riverrun("--version") == (0, f"riverrun {__version__}\n", "")
 
@@ -87,8 +92,10 @@ def test_train_then_resume_then_eval_then_generate(riverrun, tmp_path):
     book.write_text(BOOK)
     code, shown, _ = riverrun("train", f"data.files={book}", f"out={out}", *TINY)
     assert code == 0 and str(out / "model") in shown and str(out / "loss.png") in shown
+    out = out.rename(tmp_path / "moved")
     code, _, _ = riverrun("train", "--resume", out, "steps=3")
     assert code == 0 and (out / "checkpoints" / "step-00000003").is_dir()
+    assert not (tmp_path / "run").exists(), "a run goes on where it lies now"
     code, shown, _ = riverrun("eval", out / "model", book, "--json", "--limit", 500)
     score = json.loads(shown)[str(book)]
     assert code == 0 and score["bytes"] == 500 and 0 < score["bits_per_byte"] < 9
@@ -126,6 +133,7 @@ def test_settings_recipes_and_runs_that_do_not_exist_are_refused(riverrun, tmp_p
     refused(riverrun("train", tmp_path / "no.json"), "no file")
     refused(riverrun("train", tmp_path / "no.py"), "no recipe")
     refused(riverrun("train", "--resume", tmp_path), "no checkpoint")
+    refused(riverrun("train", "paper", "--resume", tmp_path), "recipe 'paper' and --resume", "one of them")
     refused(
         riverrun("train", f"data.files={tmp_path / 'no.txt'}", "steps=1", f"out={tmp_path / 'run'}"), "no.txt"
     )
@@ -161,15 +169,15 @@ def test_generate_goes_on_from_its_state_file(riverrun, model, tmp_path):
 
 
 def test_ctrl_c_ends_the_text_and_saves_the_state(riverrun, model, tmp_path, monkeypatch):
-    file, step, steps = tmp_path / "run.state", Generation._step, []
+    file, step, steps = tmp_path / "run.state", Generation._draw, []
 
-    def interrupted(self, rows, state):
+    def interrupted(self, rows, running):
         steps.append(1)
         if len(steps) == 12:
             signal.raise_signal(signal.SIGINT)
-        return step(self, rows, state)
+        return step(self, rows, running)
 
-    monkeypatch.setattr(Generation, "_step", interrupted)
+    monkeypatch.setattr(Generation, "_draw", interrupted)
     code, text, said = riverrun("generate", model, "-p", "a", "max_tokens=1000", "seed=3", "--state", file)
     assert code == 130 and len(steps) == 12 and "Ctrl-C" in said
     rest = riverrun("generate", model, "max_tokens=18", "--state", file)[1]
@@ -229,6 +237,15 @@ def test_odd_files_in_eval(riverrun, model, tmp_path):
     assert code == 0 and [s["bytes"] for s in json.loads(out).values()] == [1, 256]
 
 
+def test_eval_of_a_state_that_grows_needs_its_context(riverrun, tmp_path):
+    grows, text = made(tmp_path / "grows", pattern="attention"), tmp_path / "text"
+    text.write_text(BOOK)
+    refused(riverrun("eval", grows, text, "--limit", 50), "grows with every token", "context=2048")
+    code, out, _ = riverrun("eval", grows, text, "--limit", 50, "--context", 8, "--json")
+    (score,) = json.loads(out).values()
+    assert code == 0 and score["tokens"] == 50 and score["tokens_per_second"] > 50
+
+
 def test_unforeseen_errors_are_one_line_unless_debug(riverrun, monkeypatch):
     def fails(name, **arguments):
         raise RuntimeError("two\nlines [bold]")
@@ -242,12 +259,16 @@ def test_unforeseen_errors_are_one_line_unless_debug(riverrun, monkeypatch):
 def test_mixers_lists_every_row(riverrun):
     code, out, _ = riverrun("mixers", "--width", 64)
     assert code == 0 and all(f" {name} " in out for name in MIXERS)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "not causal" in lines["hydra"] and "not causal" not in lines["mamba"]
+    # keys and values of 64 numbers each, 4 bytes, and 12 bytes of places beside them: 1,000 steps of them
+    assert abs(int(lines["attention"].split()[-1].replace(",", "")) - 1000 * 2 * 64 * 4) < 100
     refused(riverrun("mixers", "gated_delta_net"), "did you mean 'gated_deltanet'?")
 
 
 def test_bench_times_what_is_named(riverrun):
     code, out, _ = riverrun("bench", "mingru", "--width", 16, "--length", 10)
-    assert code == 0 and "mingru" in out and "mamba" not in out
+    assert code == 0 and "mingru" in out and "mamba" not in out and "10 steps at width 16" in out
     refused(riverrun("bench", "mingruu"), "did you mean 'mingru'?")
 
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from riverrun.models import folder as folders
-from riverrun.training.evaluate import Score, evaluate, readable
+from riverrun.training.evaluate import Score, check, evaluate, readable
 
 
 def run(
@@ -20,6 +20,7 @@ def run(
     for file in files:
         readable(file)
     model, tokenizer = folders.load(folder, device)
+    check(model, context)
     scores = {}
     columns = (
         TextColumn("{task.description}"),

@@ -19,8 +19,8 @@ from riverrun.training import loss as losses
 from riverrun.training.evaluate import evaluate
 from riverrun.training.log import CURVE, Log, curve, rows
 from riverrun.training.loop import Diverged, train
-from riverrun.training.optim import OptimConfig, adamw, clip, decaying
-from riverrun.training.report import Numbers, Report, Silent
+from riverrun.training.optim import OptimConfig, adamw, clip, decaying, moments, restore
+from riverrun.training.report import Numbers, Report, Silent, clock, memory
 from riverrun.training.schedule import ScheduleConfig, factor
 from riverrun.training.settings import TrainConfig
 from riverrun.training.watch import Watch
@@ -80,6 +80,14 @@ def test_cross_entropy_in_bfloat16_keeps_float32_sums():
     assert found.dtype == torch.float32 and E.grad.dtype == torch.float32
     # logits of size 3 are rounded by 2^-9 of themselves, and 100 of them are averaged
     assert abs(found.item() - losses.cross_entropy(x, E, targets).item()) < 0.01
+    assert found == losses.cross_entropy(x.bfloat16(), E, targets), "products in bfloat16, as autocast says"
+
+
+def test_sums_over_a_text_are_float64():
+    """A thousand equal losses: their sum has more digits than a float32."""
+    x, E, targets = torch.zeros(1, 1000, 4), torch.zeros(300, 4), torch.zeros(1, 1000, dtype=torch.long)
+    one = losses.cross_entropy_sum(x[:, :1], E, targets[:, :1]).item()
+    assert math.isclose(losses.cross_entropy_sum(x, E, targets).item(), 1000 * one, rel_tol=1e-12)
 
 
 def test_decay_is_by_role():
@@ -95,12 +103,23 @@ def test_decay_is_by_role():
 def test_adamw_decays_matrices_only():
     one = model()
     before = {name: p.detach().clone() for name, p in one.named_parameters()}
-    optimizer = adamw(one, OptimConfig(lr=0.1, weight_decay=0.5))
+    optimizer = adamw(one, OptimConfig(lr=0.1, weight_decay=0.5, eps=1e-7))
+    assert all((g["betas"], g["eps"]) == ((0.9, 0.95), 1e-7) for g in optimizer.param_groups)
     for p in one.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in one.named_parameters():
         assert torch.allclose(p, before[name] * (0.95 if decaying(one)[name] else 1)), name
+
+
+def test_memories_of_another_model_are_refused():
+    one, wide = model(), model(width=32)
+    for m in (one, wide):
+        m(torch.ones(1, 3, dtype=torch.long))[0].sum().backward()
+    optimizers = [adamw(m, OptimConfig()) for m in (one, wide)]
+    optimizers[1].step()
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        restore(optimizers[0], one, moments(optimizers[1], wide))
 
 
 def test_clipping_bounds_the_norm_of_all_gradients():
@@ -122,6 +141,7 @@ def test_schedules():
         pytest.approx(0.5),
         0.0,
     ]
+    assert factor(stable, 0, 0.01) == 0.1, "a budget does not cut the warm-up short"
     cosine = ScheduleConfig("cosine", warmup=0, floor=0.1)
     assert [factor(cosine, 0, used) for used in (0, 0.5, 1, 2)] == pytest.approx([1, 0.55, 0.1, 0.1])
     assert factor(ScheduleConfig("constant", warmup=0), 5, 0.99) == 1
@@ -135,7 +155,10 @@ def test_schedules():
         (["steps=0"], "must be positive"),
         (["accumulate=3"], "does not divide"),
         (["optim.betas=0.9"], "two numbers"),
+        (["optim.betas=0.9,1"], "two numbers"),
+        (["optim.lr=0"], "must be positive"),
         (["schedule.floor=2"], r"must lie in 0\.\.1"),
+        (["schedule.decay=2"], r"must lie in 0\.\.1"),
         (["model.vocabulary=99"], "the tokenizer has 257"),
         (["model.pattern=attention", "data.mode=stream", "model.mixers={}"], "sliding_window"),
         (["model.pattern=attention", "model.mixers={}", "evaluation.file={book}"], "give a context"),
@@ -197,6 +220,8 @@ def test_a_loss_that_rises_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_the_watch_forgives_a_spike_and_not_a_rise():
+    early = Watch(bound=1.0)
+    assert all(early.trouble(loss, 1.0) is None for loss in [1.0] + [4.0] * 19), "no mean to compare with yet"
     watch = Watch(bound=1.0)
     assert all(watch.trouble(2.0, 1.0) is None for _ in range(30))
     assert watch.trouble(9.0, 1.0) is None
@@ -237,6 +262,7 @@ def test_growing_states_are_evaluated_with_a_context(tmp_path):
     with pytest.raises(ValueError, match=r"attention grows with every token.*context=2048"):
         evaluate(one, ByteTokenizer(), path)
     score = evaluate(one, ByteTokenizer(), path, context=40)
+    assert math.isclose(evaluate(one, ByteTokenizer(), path, context=40, chunk=20).nats, score.nats)
     halves = [TEXT[:40], TEXT[39:80], TEXT[79:100]]
     nats = 0.0
     for i, half in enumerate(halves):
@@ -262,11 +288,13 @@ def test_plain_lines_where_there_is_no_terminal():
     with Report(Console(file=out, force_terminal=False, width=200)) as report:
         report.show(numbers(10, 0.25))
         report.show(numbers(11, 0.26))  # too soon after the one before
-        report.note("step 11 · kept")
+        report.note("step 11 · [kept]")
     lines = out.getvalue().splitlines()
     assert lines == [
-        "step 10 · loss 1.500 · 2.164 bits/byte · 20,500 tokens/s · 30:00 left · 300 MiB", "step 11 · kept",
+        "step 10 · loss 1.500 · 2.164 bits/byte · 20,500 tokens/s · 30:00 left · 300 MiB", "step 11 · [kept]",
     ]  # fmt: skip
+    assert (clock(59.6), clock(123), clock(3723)) == ("1:00", "2:03", "1:02:03")
+    assert 2**25 < memory(torch.device("cpu")) < 2**40, "PyTorch alone takes more than 32 MiB"
 
 
 def test_a_bar_on_a_terminal():
@@ -288,5 +316,8 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
     assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
     Log(tmp_path, step=2).close()
     assert [r["step"] for r in rows(tmp_path)] == [1, 2]
-    assert curve(tmp_path).name == CURVE
+    plain = curve(tmp_path).read_bytes()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "tokens": 2, "held_out": 3.0}\n')
+    assert curve(tmp_path).name == CURVE and curve(tmp_path).read_bytes() != plain
     assert curve(tmp_path / "nothing") is None

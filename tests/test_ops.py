@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from riverrun import ops
 from riverrun.recurrences.fold import fold
+from riverrun.signature import REMEMBERED
 from riverrun.state import leaves, tree_map
 from riverrun.testing.inputs import FORMS, SMALL, Size, make
 from riverrun.testing.tolerance import close, close_states
@@ -119,6 +120,10 @@ BAD = {
     "state of another op": (delta(state=(torch.zeros(2, 4), None)), ValueError, "state has shape"),
     "integer state": (delta(state=torch.zeros(2, 4, 5, 3, dtype=torch.long)), TypeError, "torch.int64"),
     "reset of numbers": (delta(reset=torch.zeros(2, 5)), ValueError, "must be bool"),
+    "reset on another device": (
+        delta(reset=torch.zeros(2, 5, dtype=torch.bool, device="meta")), ValueError, "reset is on meta",
+    ),
+    "no sequences": (delta(**{k: v[:0] for k, v in delta().items()}), ValueError, "B = 0"),
     "reset of another T": (delta(reset=torch.zeros(2, 4, dtype=torch.bool)), ValueError, r"\(2, 4\)"),
     "unknown impl": (delta(impl="fast"), ValueError, "no implementation 'fast'; it has"),
 }  # fmt: skip
@@ -126,8 +131,53 @@ BAD = {
 
 @pytest.mark.parametrize("args, error, message", BAD.values(), ids=BAD)
 def test_bad_input_is_named_before_anything_runs(args, error, message):
+    ops.delta(**delta())  # what is remembered of a call that was right excuses none that is not
     with pytest.raises(error, match=message):
         ops.delta(**args)
+
+
+def test_axes_of_one_name_are_equal_and_arguments_are_given_once():
+    with pytest.raises(ValueError, match=r"R has shape \(1, 2, 3, 4\)"):
+        ops.elman(torch.ones(1, 5, 1, 2, 3), torch.ones(1, 2, 3, 4))
+    x = torch.ones(1, 2, 3)
+    with pytest.raises(TypeError, match="'a' was given twice"):
+        ops.diagonal(x, a=x)
+
+
+def test_what_is_remembered_is_bounded():
+    for T in range(1, REMEMBERED + 20):
+        ops.diagonal(torch.ones(1, T, 1), torch.ones(1, T, 1), impl="cpu")
+    assert len(ops.diagonal.plans) <= REMEMBERED and len(ops.diagonal.signature.known) <= REMEMBERED
+
+
+def test_a_kernel_that_refuses_is_not_run(monkeypatch):
+    odd = replace(ops.diagonal.kernels["cpu"], refuses=lambda name, args: "too odd")
+    monkeypatch.setitem(ops.diagonal.kernels, "cpu", odd)
+    x = torch.ones(3, 5, 7)
+    with pytest.raises(ValueError, match=r"cannot run impl='cpu': too odd\. Leave impl=None"):
+        ops.diagonal(x, x, impl="cpu")
+    assert "cpu cannot: too odd" in ops.explain("diagonal", x, x)
+    with pytest.raises(ValueError, match="b has shape"):
+        ops.explain("diagonal", x, x[0])
+
+
+def test_a_wider_state_widens_the_sums_and_not_the_output():
+    x = torch.full((1, 3, 2), 0.1)
+    y, end = ops.diagonal(x, x, state=torch.zeros(1, 2, dtype=torch.float64))
+    assert (y.dtype, end.dtype) == (torch.float32, torch.float64)
+    with pytest.raises(ValueError, match="the state has shape"):
+        ops.diagonal(x, x, state=(end,))  # the same tensors, otherwise nested
+
+
+@pytest.mark.parametrize("impl", ops.delta.impls)
+def test_autocast_rounds_nothing_inside_an_op(impl):
+    if impl == "gpu":
+        pytest.skip("arguments are on a CPU")
+    case = make("delta", "head", Size(T=5), state=False, reset=False).to(torch.float32)
+    y, end = ops.delta(*case.args, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        y1, end1 = ops.delta(*case.args, impl=impl)
+    assert torch.equal(y, y1) and torch.equal(end, end1)
 
 
 def test_too_many_arguments():
@@ -150,6 +200,10 @@ def test_forced_holds_inside_and_only_there():
         inside = ops.delta(*case.args, state=case.state)[0]
     assert torch.equal(inside, fold(ops.delta.recurrence, case.args, case.state)[0])
     assert not torch.equal(inside, ops.delta(*case.args, state=case.state)[0]), "rounding tells kernels apart"
+    with ops.forced(delta="sequential"):
+        with ops.forced(delta="chunk", outer="chunk"):
+            pass
+        assert torch.equal(inside, ops.delta(*case.args, state=case.state)[0]), "what was forced outside"
     with pytest.raises(ValueError, match="no implementation delta='fast'"), ops.forced(delta="fast"):
         pass
 

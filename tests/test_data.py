@@ -122,6 +122,8 @@ def test_wrong_tokenizers_are_refused(tmp_path):
         tokens.load(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"this tokenizer has 0\.\.256"):
         ByteTokenizer().decode([257])
+    with pytest.raises(ValueError, match="no token -1"):
+        BPE.decode([-1])
 
 
 def test_vocabularies_that_are_not_of_bytes_are_refused(tmp_path):

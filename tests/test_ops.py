@@ -115,7 +115,7 @@ BAD = {
     "a list": (delta(q=[1.0]), TypeError, "q is a list"),
     "no beta": (delta(beta=None), TypeError, "needs the argument 'beta'"),
     "a stranger": (delta(gamma=torch.ones(1)), TypeError, "'gamma' is not an argument"),
-    "another device": (delta(g=torch.zeros(2, 5, 4, device="meta")), ValueError, "g is on meta"),
+    "another device": (delta(g=delta()["g"].to("meta")), ValueError, "g is on meta"),
     "state of another batch": (delta(state=torch.zeros(3, 4, 5, 3)), ValueError, r"state has shape \(3, 4"),
     "state of another op": (delta(state=(torch.zeros(2, 4), None)), ValueError, "state has shape"),
     "integer state": (delta(state=torch.zeros(2, 4, 5, 3, dtype=torch.long)), TypeError, "torch.int64"),

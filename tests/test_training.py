@@ -213,6 +213,19 @@ def test_a_budget_in_minutes(tmp_path):
     assert result.seconds >= 1.2 and result.step >= 1
 
 
+def test_parts_of_a_step_add_up(tmp_path):
+    """Loss and norm of the same sequences at once and in parts: equal but for the rounding of float32."""
+    logs = []
+    for parts in (1, 4):
+        place = tmp_path / str(parts)
+        place.mkdir()
+        change = [f"accumulate={parts}", "steps=2", "log_every=1"]
+        train(settings(place, *change), report=Silent())
+        logs.append([(r["loss"], r["norm"], r["lr"]) for r in rows(place / "run")])
+    assert len(logs[0]) == 2 and logs[0][0][2] < logs[0][1][2], "the rate rises in the warm-up"
+    assert torch.allclose(torch.tensor(logs[0]), torch.tensor(logs[1]), rtol=1e-3)
+
+
 def test_a_loss_that_rises_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "factor", lambda schedule, step, used: 30.0 if step > 25 else 0.1)
     with pytest.raises(Diverged, match=r"has risen to .* from .*step-00000020.*--resume .*optim.lr="):

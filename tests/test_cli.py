@@ -168,6 +168,22 @@ def test_generate_goes_on_from_its_state_file(riverrun, model, tmp_path):
     assert str(file) in first[2]
 
 
+def test_generate_begins_with_a_file_that_is_only_read(riverrun, model, tmp_path):
+    start, kept = tmp_path / "begin.state", tmp_path / "end.state"
+    riverrun("generate", model, "-p", "a", "max_tokens=2", "--state", start)
+    before = start.read_bytes()
+    text = riverrun("generate", model, "max_tokens=9", f"start={start}")[1]
+    assert riverrun("generate", model, "max_tokens=9", f"start={start}", "--state", kept)[1] == text
+    assert start.read_bytes() == before and kept.read_bytes() != before
+    refused(riverrun("generate", model, f"start={start}", "--state", kept), "leave out start=")
+    refused(riverrun("generate", model, "-p", "a", f"start={tmp_path / 'no.state'}"), "no state file")
+
+
+def test_no_token_is_not_ctrl_c(riverrun, model):
+    said = riverrun("generate", model, "-p", "a", "max_tokens=0")[2]
+    assert "ended by length" in said
+
+
 def test_ctrl_c_ends_the_text_and_saves_the_state(riverrun, model, tmp_path, monkeypatch):
     file, step, steps = tmp_path / "run.state", Generation._draw, []
 
@@ -194,6 +210,8 @@ def test_bad_settings_and_prompts_of_generate_are_refused(riverrun, model, tmp_p
     (tmp_path / "latin.txt").write_bytes("café".encode("latin1"))
     refused(riverrun("generate", model, "-f", tmp_path / "latin.txt"), "not UTF-8", "iconv")
     refused(riverrun("generate", model, "--state", tmp_path / "no.state"), "no state file", "--prompt")
+    for state in (tmp_path / "no" / "run.state", tmp_path):  # or the state would be lost
+        refused(riverrun("generate", model, "-p", "a", "--state", state), "folder that exists")
 
 
 def test_states_of_others_are_refused(riverrun, model, tmp_path):

@@ -36,6 +36,7 @@ class Settings(Sampling):
     seed: int | None = None  # none: that of the state file, or 0
     samples: int = 1  # texts for each prompt, with seeds that count up from `seed`
     special: Literal["refuse", "read", "text"] = "refuse"  # what "<|...|>" in a prompt is
+    start: str | None = None  # a state file to begin with, which is only read; `--state` is where to keep one
     compile: bool = False  # make machine code of a step first: some seconds, then several times the speed
 
 
@@ -45,13 +46,8 @@ def run(
     """Write text to standard output, and what is to be said about it to standard error."""
     chosen = override(Settings(), settings)
     limits = Limits(chosen.max_tokens, tuple(stop), chosen.piece, chosen.graph)
-    resumed = state is not None and state.is_file()
-    if state is not None and not resumed and not prompts:
-        raise FileNotFoundError(f"no state file '{state}' to go on from; give a --prompt to begin one there")
-    if chosen.samples < 1 or (resumed and chosen.samples > 1):
-        raise ValueError(
-            f"samples={chosen.samples}; it must be at least 1, and 1 when a state is gone on with"
-        )
+    source = begun_from(chosen, state, prompts)
+    resumed = source is not None
     model, tokenizer = folders.load(folder, device)
     engine = Compiled(model) if chosen.compile else None
     generation = Generation(
@@ -61,7 +57,7 @@ def run(
         limits,
         chosen,
         None if resumed and chosen.seed is None else seeds(chosen, max(1, len(prompts))),
-        snapshot.load(state, model) if state is not None and resumed else None,
+        None if source is None else snapshot.load(source, model),
         engine,
     )
     notes = Console(stderr=True, highlight=False)
@@ -73,8 +69,31 @@ def run(
     if state is not None:
         snapshot.save(state, generation.sequences, model)
         kept = f", saved; `--state {state}` goes on from it"
-    notes.print(f"[dim]{summary(generation, drawn, seconds)}{kept}[/]", soft_wrap=True)
+    notes.print(f"[dim]{summary(generation, drawn, seconds, interrupted)}{kept}[/]", soft_wrap=True)
     return INTERRUPTED if interrupted else 0
+
+
+def begun_from(chosen: Settings, state: Path | None, prompts: list[str]) -> Path | None:
+    """The state file to go on from, None without one. Raises unless the new state can be kept in `state`."""
+    if state is not None and (state.is_dir() or not state.parent.is_dir()):
+        raise FileNotFoundError(
+            f"--state '{state}' names no file in a folder that exists: the state could not be kept there"
+        )
+    if chosen.start is not None and state is not None and state.is_file():
+        raise ValueError(
+            f"start={chosen.start} and --state {state} are both there to begin with; leave out start= to go "
+            "on from --state, or name a new file for --state"
+        )
+    source = Path(chosen.start) if chosen.start is not None else state
+    found = source is not None and source.is_file()
+    if source is not None and not found and (chosen.start is not None or not prompts):
+        hint = "" if chosen.start is not None else "; give a --prompt to begin one there"
+        raise FileNotFoundError(f"no state file '{source}' to go on from{hint}")
+    if chosen.samples < 1 or (found and chosen.samples > 1):
+        raise ValueError(
+            f"samples={chosen.samples}; it must be at least 1, and 1 when a state is gone on with"
+        )
+    return source if found else None
 
 
 def tokenized(
@@ -131,10 +150,10 @@ def interruption() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def summary(generation: Generation, drawn: int, seconds: float) -> str:
+def summary(generation: Generation, drawn: int, seconds: float, interrupted: bool) -> str:
     """What was done and how fast, in one line."""
     sequences = generation.sequences
-    ends = ", ".join(sorted({s.finished or "Ctrl-C" for s in sequences}))
+    ends = ", ".join(sorted({s.finished or ("Ctrl-C" if interrupted else "length") for s in sequences}))
     size = sum(states.nbytes(s.state) for s in sequences)
     compiling = generation.engine.seconds if isinstance(generation.engine, Compiled) else 0.0
     compiled = f"a step was compiled in {compiling:.1f} s; " if compiling else ""

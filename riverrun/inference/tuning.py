@@ -3,11 +3,11 @@
     state = beginning(model)                          zeros: where the model begins without it
     tune(state, model, batches)                       or a loop of your own over state.parameters()
     logits, _ = model(tokens, state(batch))
-    save("task.state", state, model, tokenizer)       for `riverrun generate my-model --state task.state`
+    save("task.state", state, model, tokenizer)       for `riverrun generate my-model start=task.state`
 
 A task costs what one state costs: kilobytes, for a small model. What a reset clears it clears to zeros, so
-each document that shall begin with the tuned state needs a row of its own. `riverrun generate` keeps the
-state with which it ended in the file that it began with: give it a copy.
+each document that shall begin with the tuned state needs a row of its own. (`--state task.state` would
+keep the state at the end of the text in that file.)
 
 Source: Xiao et al. 2025 (arXiv:2504.05097), its standard form. The forms that put kernel features in
 place of keys and values run another recurrence than the one whose weights were trained, and are not here.

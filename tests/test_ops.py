@@ -69,10 +69,11 @@ def test_definition_passes_gradcheck(op, form):
 
 
 @pytest.mark.parametrize("op", FORMS)
-def test_half_precision_comes_back_half_and_its_state_wide(op):
-    case = make(op, FORMS[op][0]).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_half_and_its_state_wide(op, dtype):
+    case = make(op, FORMS[op][0]).to(dtype)
     y, end = ops.OPS[op](*case.args, state=case.state, reset=case.reset)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     assert {x.dtype for x in leaves(end)} == {torch.float32}
 
 

@@ -1,7 +1,7 @@
 """RMS norm of groups of channels, plain or gated, on a CPU: a row at a time, in the cache, both ways.
 
     y = w ⊙ norm(x)        w ⊙ norm(x) ⊙ s        w ⊙ norm(x ⊙ s)        s = silu(z)
-    norm(u) = u r        r = 1 / sqrt(mean(u²) + eps)        du = r (dn - u r² mean(dn ⊙ u))
+    norm(u) = u r        r = 1 / sqrt(mean(u²) + eps)        du = r (dn - n mean(dn ⊙ n)) with n = u r
 
 All three are y = w ⊙ norm(x ⊙ inner) ⊙ outer with one of the two gates, or both, equal to one.
 x, z, y: (rows, W)    w: (W), in groups of `group` channels    dw is summed over rows in a fixed order.
@@ -36,14 +36,23 @@ def _gate(z, gate, slope):
 
 
 @kernel
-def _inverse_rms(x, inner, u, eps):
-    """u = x ⊙ inner, and r."""
-    total = x.dtype.type(0)
+def _dot(a, b):
+    total = a.dtype.type(0)
+    for c in range(a.shape[0]):
+        total += a[c] * b[c]
+    return total
+
+
+@kernel
+def _normed(x, inner, n, r, group, eps):
+    """n = norm(x ⊙ inner), and r for every channel; x is a row, its groups' sums are taken one by one."""
     for c in range(x.shape[0]):
-        u[c] = x[c] * inner[c]
+        n[c] = x[c] * inner[c]
+    for lo in range(0, x.shape[0], group):
+        u = n[lo : lo + group]
+        r[lo : lo + group] = x.dtype.type(1) / np.sqrt(_dot(u, u) / x.dtype.type(group) + eps)
     for c in range(x.shape[0]):
-        total += u[c] * u[c]
-    return x.dtype.type(1) / np.sqrt(total / x.dtype.type(x.shape[0]) + eps)
+        n[c] *= r[c]
 
 
 @kernel
@@ -51,18 +60,17 @@ def _forward(first, step, x, z, w, eps, group, place, tasks, y):
     """x, z and y are flat; z is empty without a gate."""
     W = w.shape[0]
     rows = x.shape[0] // W
-    inner, outer = np.ones(group, x.dtype), np.ones(group, x.dtype)
-    u, slope = np.empty(group, x.dtype), np.empty(group, x.dtype)
+    inner, outer, slope = np.ones(W, x.dtype), np.ones(W, x.dtype), np.empty(W, x.dtype)
+    n, r = np.empty(W, x.dtype), np.empty(W, x.dtype)
     for task in range(first, tasks, step):
         for i in range(task * rows // tasks, (task + 1) * rows // tasks):
-            for lo in range(0, W, group):
-                here = slice(i * W + lo, i * W + lo + group)
-                now, out, scale = x[here], y[here], w[lo : lo + group]
-                if place != PLAIN:
-                    _gate(z[here], inner if place == BEFORE else outer, slope)
-                r = _inverse_rms(now, inner, u, eps[0])
-                for c in range(group):
-                    out[c] = scale[c] * u[c] * r * outer[c]
+            here = slice(i * W, i * W + W)
+            out = y[here]
+            if place != PLAIN:
+                _gate(z[here], inner if place == BEFORE else outer, slope)
+            _normed(x[here], inner, n, r, group, eps[0])
+            for c in range(W):
+                out[c] = w[c] * n[c] * outer[c]
 
 
 @kernel
@@ -70,40 +78,37 @@ def _backward(first, step, x, z, w, eps, group, place, tasks, dy, dx, dz, dw):
     """dw (tasks, W) are the parts of the tasks."""
     W = w.shape[0]
     rows, size = x.shape[0] // W, x.dtype.type(group)
-    inner, outer = np.ones(group, x.dtype), np.ones(group, x.dtype)
-    u, dn, slope = np.empty(group, x.dtype), np.empty(group, x.dtype), np.empty(group, x.dtype)
+    inner, outer, slope = np.ones(W, x.dtype), np.ones(W, x.dtype), np.empty(W, x.dtype)
+    n, r, dn, along = (np.empty(W, x.dtype), np.empty(W, x.dtype), np.empty(W, x.dtype), np.empty(W, x.dtype))
     for task in range(first, tasks, step):
-        dw[task] = 0
+        sums = dw[task]
+        sums[:] = 0
         for i in range(task * rows // tasks, (task + 1) * rows // tasks):
+            here = slice(i * W, i * W + W)
+            now, g, out = x[here], dy[here], dx[here]
+            if place != PLAIN:
+                _gate(z[here], inner if place == BEFORE else outer, slope)
+            _normed(now, inner, n, r, group, eps[0])
+            for c in range(W):
+                dn[c] = g[c] * outer[c]
+            for c in range(W):
+                sums[c] += dn[c] * n[c]
+            for c in range(W):
+                dn[c] *= w[c]
             for lo in range(0, W, group):
-                here = slice(i * W + lo, i * W + lo + group)
-                now, g, out, scale = x[here], dy[here], dx[here], w[lo : lo + group]
-                sums = dw[task, lo : lo + group]
-                if place != PLAIN:
-                    _gate(z[here], inner if place == BEFORE else outer, slope)
-                r = _inverse_rms(now, inner, u, eps[0])
-                along = x.dtype.type(0)
-                for c in range(group):
-                    dn[c] = g[c] * outer[c]
-                for c in range(group):
-                    sums[c] += dn[c] * u[c] * r
-                for c in range(group):
-                    dn[c] *= scale[c]
-                for c in range(group):
-                    along += dn[c] * u[c]
-                along *= r * r / size
-                for c in range(group):
-                    dn[c] = r * (dn[c] - u[c] * along)
-                for c in range(group):
-                    out[c] = dn[c] * inner[c]
-                if place == BEFORE:
-                    gate = dz[here]
-                    for c in range(group):
-                        gate[c] = dn[c] * now[c] * slope[c]
-                elif place == AFTER:
-                    gate = dz[here]
-                    for c in range(group):
-                        gate[c] = g[c] * scale[c] * u[c] * r * slope[c]
+                along[lo : lo + group] = _dot(dn[lo : lo + group], n[lo : lo + group]) / size
+            for c in range(W):
+                dn[c] = r[c] * (dn[c] - n[c] * along[c])
+            for c in range(W):
+                out[c] = dn[c] * inner[c]
+            if place == BEFORE:
+                gate = dz[here]
+                for c in range(W):
+                    gate[c] = dn[c] * now[c] * slope[c]
+            elif place == AFTER:
+                gate = dz[here]
+                for c in range(W):
+                    gate[c] = g[c] * w[c] * n[c] * slope[c]
 
 
 def _flat(x: Tensor | None, like: Tensor) -> Tensor:

@@ -108,7 +108,11 @@ def _set_key(values: dict[str, Any], kind: Any, path: list[str], text: str, key:
     if len(path) == 1:
         return {**values, path[0]: _read(inner, text, key)}
     if get_origin(inner) is not dict:
-        raise ValueError(f"no setting '{key}': the entries of this dictionary are {spell(inner)}")
+        outer = key.removesuffix("." + ".".join(path[1:]))
+        raise ValueError(
+            f"no setting '{key}': the entries of this dictionary are {spell(inner)}; give the whole entry, "
+            f"{outer}='{{\"NAME\": VALUE}}'"
+        )
     return {**values, path[0]: _set_key(values.get(path[0], {}), inner, path[1:], text, key)}
 
 

@@ -179,6 +179,10 @@ def test_generate_begins_with_a_file_that_is_only_read(riverrun, model, tmp_path
     refused(riverrun("generate", model, "-p", "a", f"start={tmp_path / 'no.state'}"), "no state file")
 
 
+def test_an_argument_that_is_a_dictionary_is_shown_how_to_be_given(riverrun):
+    refused(riverrun("train", "model.mixers.mamba.beyond.length=9"), "model.mixers.mamba.beyond='{")
+
+
 def test_no_token_is_not_ctrl_c(riverrun, model):
     said = riverrun("generate", model, "-p", "a", "max_tokens=0")[2]
     assert "ended by length" in said

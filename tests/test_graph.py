@@ -1,12 +1,16 @@
 """What recorded steps rest on, where there is no GPU: refusals, the check of a state, copying it over."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from riverrun.data.tokens import ByteTokenizer
 from riverrun.inference import graph
 from riverrun.inference.decoding import Generation, Limits
+from riverrun.inference.sampling import Sampling
 from riverrun.models.language import LanguageConfig, LanguageModel
+from riverrun.state import leaves
 
 
 def model(pattern="mingru"):
@@ -49,3 +53,32 @@ def test_overwriting_reads_everything_before_it_writes(monkeypatch):
     a, b, c = torch.ones(2), torch.full((2,), 2.0), torch.zeros(2, dtype=torch.int64)
     graph.overwrite((a, b, c), (b, a, torch.ones(2, dtype=torch.int64)))
     assert (a.tolist(), b.tolist(), c.tolist()) == ([2, 2], [1, 1], [1, 1])
+
+
+class StandIn(graph.Replay):
+    """A replay that runs its step again, in the memory and by the rules of a graph."""
+
+    def record(self, x):
+        self.x, self.graph = x.clone(), self
+
+    def replay(self):
+        self.y, after = self.step(self.x, self.state)
+        for mine, new in zip(leaves(self.state), leaves(after), strict=True):
+            mine.copy_(new)
+
+
+@pytest.mark.parametrize("pattern", ["gated_deltanet + sliding_window", "mamba2 + lstm"])
+def test_a_state_that_is_overwritten_is_enough_for_generation(pattern):
+    """Sequences that stop at unequal times, and a second run that goes on, as without it; in float64."""
+    torch.manual_seed(0)
+    config = LanguageConfig(ByteTokenizer().size, 16, depth=2, pattern=pattern, tied=False)
+    net, written = LanguageModel(config).double(), []
+    torch.nn.init.normal_(net.embedding.weight)
+    torch.nn.init.normal_(net.head.weight, std=0.5)
+    for engine in (None, partial(StandIn, net)):
+        given = Limits(30, stop=("a", "e")), Sampling(top_p=0.9)
+        first = Generation(net, ByteTokenizer(), ["It is", "", "A truth"], *given, [1, 2, 3], engine=engine)
+        texts = ["".join(t) for t in zip(*first, strict=True)]
+        again = Generation(net, ByteTokenizer(), ["x"] * 3, *given, resume=first.sequences, engine=engine)
+        written.append((texts, ["".join(t) for t in zip(*again, strict=True)]))
+    assert written[0] == written[1]

@@ -3,10 +3,10 @@ table.
 
     python benchmarks/gpu_ops.py [--forms outer-head,delta] [--shapes 4x4096x16x128] [--no-peers] [--out FILE]
 
-Every (form, shape, program) is first run in a process of its own, several at once, so that compiling and the
-peers' autotuning are done and cached; then all are timed alone, one after another, in this process. Times are
-medians of CUDA-event timings with a cold L2; memory is the peak above the inputs during forward + backward.
-The floor is the larger of bytes (every input read and every output written once) over 4.3 TB/s and
+Every (form, program) is a process. For each shape all compile, and peers tune themselves, at the same time;
+then each is told to time itself while all others wait. Who is not ready after `--seconds` is left out. Times
+are medians of CUDA-event timings with a cold L2; memory is the peak above the inputs during a forward and its
+backward. The floor is the larger of bytes (every input read and every output written once) over 4.3 TB/s and
 multiplications of the chunkwise form over 790 TFLOP/s, both measured on an H200. Errors are relative norms
 against the definition, folded in float64 over a sequence of 256 steps of the same widths.
 """
@@ -14,8 +14,11 @@ against the definition, folded in float64 over a sequence of 256 steps of the sa
 from __future__ import annotations
 
 import argparse
+import json
+import queue
 import subprocess
 import sys
+import threading
 import time
 from datetime import date
 from functools import cache
@@ -25,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_peers import PEERS
+from gpu_peers import PEERS, tune_few
 
 SHAPES = ["4x4096x16x128", "2x16384x16x128", "8x1024x8x64", "1x65536x16x128"]
 BANDWIDTH, RATE = 4.3e12, 790e12
@@ -79,26 +82,29 @@ def both(call, wanted, dy):
     return torch.autograd.grad(call(), wanted, dy)
 
 
-def measure(form: str, shape: str, name: str, rep: int = 60) -> dict[str, float]:
-    from triton.testing import do_bench
-
+def prepare(form: str, shape: str, name: str):
+    """(call, wanted inputs, gradient of y, seconds of the first forward + backward)."""
     args = inputs(form, *map(int, shape.split("x")))
     call, wanted = program(form, name, args)
     begin = time.time()
-    y = call()
-    dy = torch.randn_like(y)
+    dy = torch.randn_like(call())
     both(call, wanted, dy)
     torch.cuda.synchronize()
-    first = time.time() - begin
-    del y
+    return call, wanted, dy, time.time() - begin
+
+
+def measure(call, wanted, dy, rep: int = 60) -> dict[str, float]:
+    from triton.testing import do_bench
+
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     both(call, wanted, dy)
+    torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - held) / 2**20
     with torch.no_grad():
         forward = do_bench(call, warmup=20, rep=rep, return_mode="median")
     whole = do_bench(lambda: both(call, wanted, dy), warmup=20, rep=2 * rep, return_mode="median")
-    return {"forward": forward, "both": whole, "MiB": peak, "first": first}
+    return {"forward": forward, "both": whole, "MiB": peak}
 
 
 @cache
@@ -139,61 +145,106 @@ def floor(form: str, shape: str) -> tuple[float, float]:
     return forward * 1e3, (forward + backward) * 1e3
 
 
-def guarded(run, *args):
-    try:
-        return run(*args)
-    except Exception as trouble:
-        return f"{type(trouble).__name__}: {str(trouble).splitlines()[0][:90] if str(trouble) else ''}"
+def say(word: str, value) -> None:
+    print(json.dumps([word, value]), flush=True)
 
 
-def table(forms, shapes, peers: bool, write) -> None:
-    """One row a program, shape by shape; `write` gets all rows so far whenever some are done."""
-    lines = ["| op | (B,T,H,D) | program | forward ms | fwd+bwd ms | of best peer | of floor "
-             "| MiB | first call s | error |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+def worker(form: str, name: str, shapes: list[str]) -> None:
+    """One program: for each shape waits for a line, says that it is ready, waits, says what it measured."""
     for shape in shapes:
-        for form in forms:
-            names = [OURS, *(PEERS[form] if peers else [])]
-            found = {name: guarded(measure, form, shape, name) for name in names}
-            best = [min((r[key] for n, r in found.items() if n != OURS and isinstance(r, dict)), default=None)
-                    for key in ("forward", "both")]  # fmt: skip
-            low = floor(form, shape)
-            for name, r in found.items():
-                if isinstance(r, str):
-                    lines.append(f"| {form} | {shape} | {name} | {r} | | | | | | |")
-                    continue
-                of = [r[key] / b if b and name == OURS else None for key, b in zip(("forward", "both"), best)]
-                ratio = " / ".join("" if x is None else f"{x:.2f}" for x in of) if name == OURS else ""
-                wrong = guarded(error, form, int(shape.split("x")[3])) if name == OURS else ""
-                wrong = f"{wrong:.1e}" if isinstance(wrong, float) else wrong
-                lines.append(
-                    f"| {form} | {shape} | {name} | {r['forward']:.3f} | {r['both']:.3f} | {ratio} | "
-                    f"{r['forward'] / low[0]:.1f} / {r['both'] / low[1]:.1f} | {r['MiB']:.0f} "
-                    f"| {r['first']:.1f} | {wrong} |"
-                )
-            print("\n".join(lines[-len(found) :]), flush=True)
-            write(lines)
-
-
-def compile_first(forms, shapes, peers: bool, seconds: float) -> dict[str, str]:
-    """Run every program once, all at the same time, in processes of their own; the first calls' seconds."""
-    begin = time.time()
-    jobs = {}
-    for form in forms:
-        for name in [OURS, *(PEERS[form] if peers else [])]:
-            command = [sys.executable, __file__, "--one", form, name, *shapes]
-            jobs[form, name] = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-    notes = {}
-    for (form, name), job in jobs.items():
+        sys.stdin.readline()
         try:
-            out = job.communicate(timeout=max(1.0, seconds - (time.time() - begin)))[0]
-        except subprocess.TimeoutExpired:
-            job.kill()
-            out = "stopped: out of time"
-        notes[f"{form}: {name}"] = out.strip().splitlines()[-1] if out.strip() else "no output"
-    return notes
+            call, wanted, dy, first = prepare(form, shape, name)
+            wrong = error(form, int(shape.split("x")[3])) if name == OURS else None
+            say("ready", None)
+            sys.stdin.readline()
+            say("done", {**measure(call, wanted, dy), "first": first, "error": wrong})
+            del call, wanted, dy
+            torch.cuda.empty_cache()
+        except Exception as trouble:
+            text = str(trouble).splitlines() or [""]
+            say("failed", f"{type(trouble).__name__}: {text[0][:90]}")
+
+
+class Program:
+    """A worker and what it says."""
+
+    def __init__(self, form: str, name: str, shapes: list[str], configs: int) -> None:
+        self.form, self.name = form, name
+        command = [sys.executable, __file__, "--configs", str(configs), "--one", form, name, *shapes]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+        self.said: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self) -> None:
+        for line in self.process.stdout:
+            if line.startswith("["):  # libraries print too
+                self.said.put(line)
+        self.said.put(None)
+
+    def hear(self, seconds: float):
+        """(word, value), or why there is none."""
+        try:
+            line = self.said.get(timeout=max(0.1, seconds))
+        except queue.Empty:
+            self.process.kill()
+            return "failed", "not ready in time"
+        if line is None:
+            self.said.put(None)
+            return "failed", "stopped at an earlier shape"
+        return json.loads(line)
+
+    def tell(self) -> None:
+        if self.process.poll() is None:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+
+
+def rows(shape: str, heard: dict[Program, dict | str]) -> list[str]:
+    lines = []
+    for program, r in heard.items():
+        head = f"| {program.form} | {shape} | {program.name}"
+        if isinstance(r, str):
+            lines.append(f"{head} | {r} | | | | | | |")
+            continue
+        ratio = ""
+        if program.name == OURS:
+            peers = [x for p, x in heard.items() if p.form == program.form and p.name != OURS]
+            best = [min((x[key] for x in peers if not isinstance(x, str)), default=None)
+                    for key in ("forward", "both", "MiB")]  # fmt: skip
+            found = (r["forward"], r["both"], r["MiB"])
+            ratio = " / ".join("" if b is None else f"{x / b:.2f}" for x, b in zip(found, best, strict=True))
+        low = floor(program.form, shape)
+        wrong = "" if r["error"] is None else f"{r['error']:.1e}"
+        lines.append(
+            f"{head} | {r['forward']:.3f} | {r['both']:.3f} | {ratio} | {r['forward'] / low[0]:.1f} / "
+            f"{r['both'] / low[1]:.1f} | {r['MiB']:.0f} | {r['first']:.1f} | {wrong} |"
+        )
+    return lines
+
+
+def compare(forms, shapes, peers: bool, configs: int, seconds: float, write) -> None:
+    """One row a program, shape by shape; `write` gets the rows of each shape."""
+    names = {f: [OURS, *(PEERS[f] if peers else [])] for f in forms}
+    programs = [Program(f, n, shapes, configs) for f in forms for n in names[f]]
+    for shape in shapes:
+        begin, heard = time.time(), {}
+        for p in programs:
+            p.tell()
+        for p in programs:
+            word, heard[p] = p.hear(begin + seconds - time.time())
+            if word == "ready":
+                heard[p] = None
+        for p in programs:
+            if heard[p] is None:
+                p.tell()
+                heard[p] = p.hear(60)[1]
+        write(rows(shape, heard))
+    for p in programs:
+        p.process.kill()
 
 
 def main() -> None:
@@ -203,32 +254,31 @@ def main() -> None:
     parser.add_argument("--forms", default=",".join(PEERS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--configs", type=int, default=0, help="a peer's kernel may try, 0: all it has")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=400, help="for compiling everything")
+    parser.add_argument("--seconds", type=float, default=400, help="for compiling everything, a shape")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.one:
-        form, name, *shapes = a.one
-        print(
-            " ".join(str(guarded(lambda s: f"{measure(form, s, name, 1)['first']:.1f}", s)) for s in shapes)
-        )
+        if a.configs:
+            tune_few(a.configs)
+        worker(a.one[0], a.one[1], a.one[2:])
         return
-    forms, shapes = a.forms.split(","), a.shapes.split(",")
     import triton
 
-    notes = compile_first(forms, shapes, not a.no_peers, a.seconds)
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
-    head = [f"{date.today()}, {torch.cuda.get_device_name()}, {versions}",
-            f"`{' '.join(sys.argv)}`", "",
-            "First calls with an empty cache, all programs compiling at once, seconds by shape:", "",
-            *[f"- {k}: {v}" for k, v in notes.items()], ""]  # fmt: skip
-    print("\n".join(head), flush=True)
+    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, {versions}", f"`{' '.join(sys.argv)}`", "",
+             "| op | (B,T,H,D) | program | forward ms | with backward ms "
+             "| of best peer: forward / with backward / memory | of floor | MiB | first call s | error |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
 
-    def write(lines: list[str]) -> None:
+    def write(more: list[str]) -> None:
+        lines.extend(more)
+        print("\n".join(more), flush=True)
         if a.out:
-            a.out.write_text("\n".join(head + lines) + "\n")
+            a.out.write_text("\n".join(lines) + "\n")
 
-    table(forms, shapes, not a.no_peers, write)
+    compare(a.forms.split(","), a.shapes.split(","), not a.no_peers, a.configs, a.seconds, write)
 
 
 if __name__ == "__main__":

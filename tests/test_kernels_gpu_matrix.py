@@ -25,8 +25,8 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from riverrun.kernels.gpu import delta as gpu_delta  # noqa: E402
 from riverrun.kernels.gpu import dplr as gpu_dplr  # noqa: E402
-from riverrun.kernels.gpu import memory, step  # noqa: E402
 from riverrun.kernels.gpu import outer as gpu_outer  # noqa: E402
+from riverrun.kernels.gpu import plan, step  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 FORWARD = {"outer": gpu_outer._forward, "mlstm": gpu_outer._mlstm_forward, "delta": gpu_delta._forward,
@@ -149,7 +149,7 @@ def test_strong_decay(form):
 @pytest.mark.parametrize("reset", [False, True])
 def test_parts(form, reset, monkeypatch):
     """Time cut into parts that are walked at the same time."""
-    monkeypatch.setattr(memory.Inputs, "parts", property(lambda self: 3))
+    monkeypatch.setattr(plan.Inputs, "parts", property(lambda self: 3))
     compare(form, T=150, reset=reset, V=20)
 
 
@@ -170,7 +170,7 @@ def test_one_step_with_gradients(form):
 )
 def test_long_chunks(form, monkeypatch):
     """The chunk length of bfloat16, in numbers that the interpreter multiplies exactly."""
-    monkeypatch.setattr(memory, "length", lambda bf16, inline: 64)
+    monkeypatch.setattr(plan, "length", lambda bf16, long: 64)
     compare(form, T=130)
 
 
@@ -194,7 +194,7 @@ def test_half_reset(form, width):
 @pytest.mark.parametrize("form", ["outer-head", "outer-key", "mlstm", "delta-head", "delta-key", "dplr"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_half_parts(form, reset, monkeypatch):
-    monkeypatch.setattr(memory.Inputs, "parts", property(lambda self: 3))
+    monkeypatch.setattr(plan.Inputs, "parts", property(lambda self: 3))
     compare(form, dtype=torch.bfloat16, bound=2e-2, T=450, K=64, V=64, reset=reset)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from riverrun.kernels.library import define
 
 from . import memory, step
-from .memory import Inputs
 from .outer import fake_pairs, fake_state, like
+from .plan import Inputs
 
 
 def _forward(q, k, v, beta, g, state, reset, save):

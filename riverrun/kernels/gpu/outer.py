@@ -11,7 +11,7 @@ from riverrun.kernels.library import define
 
 from . import memory, step
 from .launch import launch, scratch
-from .memory import Inputs
+from .plan import Inputs, length, power
 
 
 def _forward(q, k, v, g, u, state, reset, save):
@@ -41,7 +41,7 @@ def fake_state(k: Tensor, v: Tensor) -> Tensor:
 
 def fake_pairs(x: Tensor, *others: Tensor) -> Tensor:
     bf16 = all(t.dtype == torch.bfloat16 for t in (x, *others))
-    C = memory.length(bf16, False)
+    C = length(bf16, False)
     B, T, H = x.shape[:3]
     return x.new_empty(B * H, -(-T // C), C, C, dtype=torch.bfloat16 if bf16 else torch.float32)
 
@@ -69,8 +69,8 @@ def larger(f1, i1, f2, i2):
 
 @triton.jit
 def stabilise(f, i, m0, reset, m, g, lw, mT, T, H: tl.constexpr, BT: tl.constexpr):
-    """m_t = max(f_t + m_{t-1}, i_t), g = f_t + m_{t-1} - m_t and lw = i_t - m_t of one batch row and head; the
-    last m to mT."""
+    """m_t = max(f_t + m_{t-1}, i_t), g = f_t + m_{t-1} - m_t and lw = i_t - m_t of one batch row and head;
+    mT is the last m."""
     batch, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     base = batch * T * H + h
     carry = tl.load(m0 + batch * H + h) if m0 is not None else 0.0
@@ -122,7 +122,7 @@ def stabilised(f: Tensor, i: Tensor, m0: Tensor | None, reset: Tensor | None) ->
     mT = torch.empty(B, H, device=f.device)
     flag = None if reset is None else reset.contiguous().view(torch.uint8)
     m0 = None if m0 is None else m0.float().contiguous()
-    BT = min(1024, max(16, memory.power(T)))
+    BT = min(1024, max(16, power(T)))
     launch(stabilise, (B * H,), (f.contiguous(), i.contiguous(), m0, flag, m, g, lw, mT, T), (H, BT), 4)
     return m, g, lw, mT
 
@@ -141,7 +141,7 @@ def _mlstm_forward(q, k, v, f, i, S, n, m0, reset, save):
 def _mlstm_backward(q, k, v, f, i, S0, n0, m0, reset, y, S, n, mT, m, g, lw, den, dy, dS, dn, dm):
     dnum, dden = scratch(y.device, (y.dtype, *y.shape), (m.dtype, *m.shape))
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
-    BV, rows = memory.power(y.shape[-1]), m.numel()
+    BV, rows = power(y.shape[-1]), m.numel()
     launch(unnormalise, (-(-rows // 16),), (y, dy, den, m, dnum, dden, rows), (y.shape[-1], BV, 16), 4)
     x = Inputs("outer", q, k, v, g, lw=lw, m=m, state=S0, norm=n0, reset=reset, back=True)
     touched = not (dS is None and dn is None and dm is None)

@@ -21,7 +21,7 @@ def outputs(
 ):  # fmt: skip
     """Grid (value blocks, chunks · C / ROWS, B·H). (x, z, v) is (q, k, v), or (k, q, dy) if REVERSE.
 
-    A has what `chunk.pairs` made of decays per key or a bonus, and x then comes with the decays per key
+    A has what `matrices.pairs` made of decays per key or a bonus, and x then comes with the decays per key
     multiplied in; else A is None. nstates: y is divided by the normaliser (mLSTM), whose sums go to den.
     """
     PARTS: tl.constexpr = C // ROWS

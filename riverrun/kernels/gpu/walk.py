@@ -91,7 +91,7 @@ def forward(
     CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """delta and dplr. With decays per key q and k come with them multiplied in, as b_in (for delta
-    k's) and a_out do (see `chunk.fading`).
+    k's) and a_out do (see `matrices.fading`).
 
     Grid (value blocks, parts of CHUNKS chunks, B·H). Optional outputs are None. LOCAL walks every part from a
     zero state and writes its final one (K, WIDTH) to S1; columns past the values' blocks start as the

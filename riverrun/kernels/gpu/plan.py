@@ -1,0 +1,192 @@
+"""What a matrix memory runs on, and its launch parameters: rules of shape, dtype and device, never tuned at
+run time. What is launched is in `memory.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import chunk
+from .launch import launch, scratch
+
+
+@dataclass
+class Inputs:
+    """What a matrix memory runs on; what its rule does not know is None. `seg` counts resets along time."""
+
+    rule: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    beta: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    u: Tensor | None = None
+    lw: Tensor | None = None  # mLSTM: log write weights, ≤ 0
+    m: Tensor | None = None  # mLSTM: running maximum
+    state: Tensor | None = None
+    norm: Tensor | None = None  # mLSTM: the normaliser's state
+    reset: Tensor | None = None
+    back: bool = False  # for the backward
+
+    def __post_init__(self) -> None:
+        for name in ("q", "k", "v", "g", "beta", "a", "b", "u", "lw", "m"):
+            x = getattr(self, name)
+            if x is not None and not x.is_contiguous():
+                setattr(self, name, x.contiguous())
+        for name in ("state", "norm"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, x.float().contiguous())
+        self.B, self.T, self.H, self.V = self.v.shape
+        self.G, self.K = self.q.shape[2:]
+        self.decay = 0 if self.g is None else self.g.dim() - 2
+        self.seg = None if self.reset is None else self.reset.to(torch.int32).cumsum(1, dtype=torch.int32)
+        types = [x.dtype for x in (self.q, self.k, self.v, self.a, self.b) if x is not None]
+        bf16 = all(t == torch.bfloat16 for t in types)
+        self.half = bf16
+        self.store = torch.bfloat16 if bf16 else torch.float32
+        self.CT = tl.bfloat16 if bf16 else tl.float32
+        self.prec = "tf32x3" if torch.float32 in types else "tf32"
+        self.C = length(bf16, self.inline and not self.back)
+        # narrower tiles than these are not safe: Triton 3.6 miscompiles some of their products on Hopper
+        self.least = (64, 32) if bf16 else (16, 16)
+        self.BK = max(self.least[0], power(self.K))
+        self.chunks = -(-self.T // self.C)
+        self.blocks = -(-self.V // self.BV)
+        self.G_sum = self.sum_decays() if self.decay == 1 else None
+
+    @property
+    def normed(self) -> bool:
+        return self.lw is not None
+
+    @property
+    def inline(self) -> bool:
+        """Whether outputs make A themselves."""
+        return self.rule == "outer" and self.decay < 2 and self.u is None
+
+    @property
+    def shift(self) -> int:
+        return int(self.u is not None)
+
+    @cached_property
+    def BV(self) -> int:
+        """Values of a state that a walk holds: what registers and shared memory hold beside K keys, fewer
+        where that fills the device."""
+        most = 64 if self.BK <= 128 and self.half else 32 if self.BK <= 128 or self.half else 16
+        idle = self.B * self.H * self.V < 128 * processors(self.v.device)
+        # with decays per key only one program's tiles fit on a multiprocessor
+        if self.rule == "dplr" or (self.rule == "delta" and idle and (self.decay < 2 or self.BK < 128)):
+            most = min(most, 32)
+        return min(most, max(self.least[1], power(self.V)))
+
+    @property
+    def state_tile(self) -> tuple[int, int]:
+        """Keys and values of a state that a program of `walk.accumulate` holds."""
+        return min(64, self.BK), min(64, max(self.least[1], power(self.V)))
+
+    @property
+    def state_blocks(self) -> int:
+        """Programs over which a state is spread."""
+        if self.rule != "outer":
+            return self.blocks
+        BK, BV = self.state_tile
+        return -(-self.K // BK) * -(-self.V // BV)
+
+    @cached_property
+    def parts(self) -> int:
+        """Into how many parts time is cut: two programs a multiprocessor."""
+        if self.rule != "outer" and self.half and self.BK > 64:
+            return 1  # transitions of wider states have not been seen right on a GPU
+        programs, room = self.B * self.H * self.state_blocks, processors(self.v.device)
+        # a transition costs as much again as the state, and a short walk is over before a second launch
+        worth, least = (2, 64) if self.rule == "outer" else (8, 8)
+        return max(1, min(2 * room // programs, self.chunks // least)) if worth * programs <= room else 1
+
+    @property
+    def wgmma(self) -> bool:
+        """Whether kernels may use Hopper's own matrix instructions: only where that was seen to be right on
+        the chip.
+
+        Triton 3.6 miscompiles some products for them (wrong numbers, reads outside shared memory); the older
+        ones are always right. These are the cases in which every gradient agreed with the definition.
+        """
+        return self.half and self.BK <= 128
+
+    def sum_decays(self) -> Tensor:
+        G = torch.empty(self.g.shape, dtype=torch.float32, device=self.g.device)
+        BW = min(16, power(self.H))
+        grid = (self.chunks, -(-self.H // BW), self.B)
+        launch(chunk.running_sum, grid, (self.g, G, self.T), (self.H, BW, self.C), 4)
+        return G
+
+    def scratch(self, *wanted):
+        return scratch(self.v.device, *wanted)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.v.device)
+
+
+def length(bf16: bool, long: bool) -> int:
+    """Steps a chunk. Where outputs make A themselves, long chunks are few states to write and read."""
+    return 32 if not bf16 else 128 if long else 64
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def warps(x: Inputs) -> int:
+    return 8 if x.BK * x.BV > 128 * 64 else 4
+
+
+def output_values(x: Inputs) -> int:
+    """Values a program of `outputs`."""
+    most = 128 if x.half and x.BK <= 128 else 32
+    return min(most, max(x.least[1], power(x.V)))
+
+
+def pair_registers(x: Inputs) -> int | None:
+    """Registers a thread of `pairs`: three programs a multiprocessor, to wait for one another's inverses."""
+    return 168 if x.rule == "delta" and x.half else None
+
+
+def output_registers(x: Inputs) -> int | None:
+    """Registers a thread of `outputs`: three programs a multiprocessor."""
+    return 168 if x.half and x.BK <= 128 else None
+
+
+def gradient_registers(x: Inputs) -> int | None:
+    """Registers a thread of `gradients`: three programs a multiprocessor where that spills little."""
+    return 168 if x.normed and x.half else None
+
+
+def slice_of_keys(x: Inputs) -> int:
+    """Keys a program of `gradients`."""
+    return min(64, x.BK)
+
+
+def slice_of_values(x: Inputs) -> int:
+    """Values that `gradients` takes at once."""
+    most = 128 if x.half else 64
+    return min(most, max(x.least[0], power(x.V)))
+
+
+def stages(x: Inputs) -> int:
+    """Chunks whose tiles are on their way to a walk at once."""
+    return 2 if x.half and x.BK <= 128 else 1
+
+
+def sum_stages(x: Inputs) -> int:
+    return 3 if x.half else 2

@@ -269,6 +269,20 @@ def run_backward(x: Inputs, made: Made, dy, dden, dS1, dn1) -> dict[str, Tensor 
     return {"v": dv, "state": dS0, **rest(x, made, dy, dx, dden, errors, states, None, dstates, None)}
 
 
+def launch_weights(x: Inputs, value, w, dy, dx, dden):
+    """(Pq, Px, Pa, Pw, own, own_a) of `gradients.weights`, None what the rule does not need."""
+    corrected, dplr = x.rule != "outer", x.rule == "dplr"
+    matrix, row = (x.store, x.B * x.H, x.chunks, x.C, x.C), (torch.float32, x.B, x.T, x.H)
+    wanted = (True, corrected, dplr, dplr)
+    apart = row if dplr or x.shift else None
+    P = x.scratch(*(matrix if n else None for n in wanted), apart, row if dplr else None)
+    launch(
+        weights, (x.chunks, x.B * x.H), (value, w, dy, dx, x.G_sum, x.lw, x.seg, dden, *P, x.T),
+        (x.H, x.V, slice_of_values(x), x.C, x.rule, x.decay, x.shift, x.CT, x.prec), 4, 1, x.wgmma,
+    )  # fmt: skip
+    return P
+
+
 def rest(x, made, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> dict[str, Tensor | None]:
     """All gradients but those of v and the state."""
     BK = slice_of_keys(x)
@@ -283,24 +297,14 @@ def rest(x, made, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> d
     du = None if x.u is None else x.new(x.B, x.H, x.chunks, x.K)
     w = errors if x.rule == "dplr" else None
     value = errors if x.rule == "delta" else x.v
-    matrix, corrected, dplr = (x.store, x.B * x.H, x.chunks, x.C, x.C), x.rule != "outer", x.rule == "dplr"
-    needed = (matrix, corrected and matrix, dplr and matrix, dplr and matrix)
-    row = (torch.float32, *heads)
-    apart = row if dplr or x.shift else None
-    *P, own, own_a = x.scratch(*(n or None for n in needed), apart, row if dplr else None)
-    BV = slice_of_values(x)
-    faded = (made.q, made.k, made.b_in, made.a_out)
-    launch(
-        weights, (x.chunks, x.B * x.H),
-        (value, w, dy, dx, x.G_sum, x.lw, x.seg, dden, *P, own, own_a, x.T),
-        (x.H, x.V, BV, x.C, x.rule, x.decay, x.shift, x.CT, x.prec), 4, 1, x.wgmma,
-    )  # fmt: skip
+    P = launch_weights(x, value, w, dy, dx, dden)
+    BV, faded = slice_of_values(x), (made.q, made.k, made.b_in, made.a_out)
     for strong in (False, True) if x.decay == 2 else (False,):
         launch(
             gradients, (blocks, x.chunks, x.B * x.H),
             (x.q, x.k, x.a, x.b, *((None,) * 4 if strong or x.decay < 2 else faded), x.u, x.beta,
              x.g, x.G_sum, x.lw, x.seg, made.sums, made.ends, value, w, dy, dx, dden,
-             states, nstates, dstates, dnstates, *P, own, own_a, dq, dk, da, db, dg, dweight, du, x.B, x.T),
+             states, nstates, dstates, dnstates, *P, dq, dk, da, db, dg, dweight, du, x.B, x.T),
             (x.H, x.H // x.G, x.K, x.V, BK, BV, x.C, x.rule, x.decay, strong, x.CT, x.prec),
             4, 1, x.wgmma, gradient_registers(x),
         )  # fmt: skip

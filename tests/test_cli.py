@@ -288,6 +288,23 @@ def test_mixers_lists_every_row(riverrun):
     refused(riverrun("mixers", "gated_delta_net"), "did you mean 'gated_deltanet'?")
 
 
+def test_mixers_names_the_one_that_does_not_fit(riverrun):
+    refused(riverrun("mixers", "--width", 15), "'attention' at width 15", "accepted are")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(riverrun, model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(BOOK)
+    for args in (
+        ("generate", model, "--device", "cuda"),
+        ("eval", model, text, "--device", "cuda"),
+        ("bench", "mingru", "--device", "cuda"),
+        ("train", f"data.files={text}", "device=cuda", f"out={tmp_path / 'run'}"),
+    ):
+        refused(riverrun(*args), "no device 'cuda'", "there are ['cpu']")
+
+
 def test_bench_times_what_is_named(riverrun):
     code, out, _ = riverrun("bench", "mingru", "--width", 16, "--length", 10)
     assert code == 0 and "mingru" in out and "mamba" not in out and "10 steps at width 16" in out

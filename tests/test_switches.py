@@ -199,6 +199,15 @@ def switched(name, switch=None, length=LENGTH, **args):
     return mixer
 
 
+def test_a_switch_that_is_not_there_is_refused():
+    for given, message in (
+        ({"length": 8, "windw": 9}, "did you mean 'window'"),
+        ({"limit": 1.0}, "no training length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("mamba2", WIDTH, beyond=given, **MIXERS["mamba2"].small)
+
+
 @pytest.mark.parametrize("name, switch", CASES)
 def test_up_to_the_length_of_training_no_bit_changes(name, switch, float64):
     plain, mixer, x = switched(name), switched(name, switch), inputs(40)

@@ -190,6 +190,16 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path, mode, tokenizer):
     assert result.step == 40 and result.tokens == 40 * 128 and (result.model / "config.json").is_file()
 
 
+@pytest.mark.parametrize("mode, none", [("windows", [True] * 4), ("stream", [True, True, False, False])])
+def test_a_stream_goes_on_from_the_state_of_the_step_before(tmp_path, monkeypatch, mode, none):
+    begun, gradients = [], loop.Run.gradients
+    monkeypatch.setattr(
+        loop.Run, "gradients", lambda run, part, state: begun.append(state) or gradients(run, part, state)
+    )
+    train(settings(tmp_path, "steps=3", f"data.mode={mode}"), report=Silent())
+    assert [state is None for state in begun] == none, "a trial before the clock starts, then three steps"
+
+
 def test_a_seed_gives_the_same_run_twice_and_parts_the_same_gradients(tmp_path):
     weights = []
     for out, change in (("a", []), ("b", []), ("c", ["accumulate=4"]), ("d", ["seed=1"])):

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from riverrun import state as states
 from riverrun.mixers import MIXERS, build, row
+from riverrun.models.device import available
 
 REPEATS, DECODED = 3, 100
 
 
 def run(names: list[str], width: int, length: int, device: str) -> None:
     """Print for each mixer ms per 1,000 tokens without and with backward, and tokens decoded a second."""
+    available(device)
     table = Table(title=f"one sequence of {length:,} steps at width {width}, float32, {place(device)}")
     table.add_column("mixer", no_wrap=True)
     for title in ("forward\nms / 1,000", "and backward\nms / 1,000", "decoded\ntokens / s", "state\nbytes"):

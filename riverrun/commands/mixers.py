@@ -41,7 +41,12 @@ def run(names: list[str], width: int) -> None:
 @torch.no_grad()
 def costs(name: str, width: int) -> tuple[int, int]:
     """The number of parameters of a mixer, and the bytes of one sequence's state."""
-    mixer = build(name, width)
+    try:
+        mixer = build(name, width)
+    except ValueError as error:
+        raise ValueError(
+            f"'{name}' at width {width}: {error}. Name the mixers to print, or another width"
+        ) from error
     steps = 1 if row(name).state == "constant" else STEPS
     with ops.forced(**dict.fromkeys(ops.OPS, "sequential")):
         _, state = mixer(torch.zeros(1, steps, width))

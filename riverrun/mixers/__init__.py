@@ -8,12 +8,13 @@ To add one: write `mixers/NAME.py` and its row in `mixers/table.py`. Tests, docs
 
 from __future__ import annotations
 
-import inspect
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from torch import nn
+
+from riverrun.nn.check import accepts
 
 from .table import MIXERS, Row
 
@@ -42,10 +43,5 @@ def build(name: str, width: int, **args: Any) -> nn.Module:
     nearest one.
     """
     cls = mixer_class(name)
-    accepted = list(inspect.signature(cls).parameters)[1:]
-    for arg in args:
-        if arg not in accepted:
-            near = get_close_matches(arg, accepted, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it takes {accepted}"
-            raise ValueError(f"mixer '{name}' takes no argument '{arg}'; {hint}")
+    accepts(cls, args, f"mixer '{name}'")
     return cls(width, **args)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import ShortConv, carried, fitting, wide
-from riverrun.nn.beyond import Beyond
+from riverrun.nn.beyond import switches
 from riverrun.nn.init import step_size_bias
 from riverrun.nn.signed import signed_selective
 
@@ -50,7 +50,7 @@ class Mamba(nn.Module):
         rates = torch.arange(1, N + 1, dtype=torch.get_default_dtype())
         self.log_rate = nn.Parameter(rates.log().repeat(E, 1))
         self.skip = nn.Parameter(torch.ones(E))
-        self.beyond = None if beyond is None else Beyond(E, **beyond)
+        self.beyond = switches(E, beyond)
         self.out = nn.Linear(E, width, bias=False)
 
     def forward(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, wide
-from riverrun.nn.beyond import Beyond
+from riverrun.nn.beyond import switches
 from riverrun.nn.init import log_rate, step_size_bias
 
 
@@ -54,7 +54,7 @@ class Mamba2(nn.Module):
         self.log_rate, self.dt_bias = log_rate(H), step_size_bias(H)
         self.skip = nn.Parameter(torch.ones(H))
         self.norm = GatedRMSNorm(E, head_width(E, num_norm_groups or G, "num_norm_groups"), 1e-5, before=True)
-        self.beyond = None if beyond is None else Beyond(H, **beyond)
+        self.beyond = switches(H, beyond)
         self.out = nn.Linear(E, width, bias=False)
 
     def forward(

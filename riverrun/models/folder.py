@@ -28,6 +28,7 @@ from riverrun.config import from_dict, to_dict
 from riverrun.data import tokens
 from riverrun.data.tokens import Tokenizer
 
+from .device import available
 from .language import LanguageConfig, LanguageModel
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -41,7 +42,7 @@ def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer) -> None
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
     """Read what `save` wrote. FileNotFoundError and ValueError say what is damaged or does not fit."""
-    folder = Path(folder)
+    folder, device = Path(folder), available(device)
     if not (folder / CONFIG).is_file():
         inside = sorted(str(p.parent) for p in folder.glob(f"**/{CONFIG}"))
         hint = f"; there is one in {inside[-1]}" if inside else ""
@@ -96,6 +97,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
             folder.rename(old)
         fresh.rename(folder)
     except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # what was there stays
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     sync(folder.parent)

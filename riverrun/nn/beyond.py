@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from riverrun import ops
 from riverrun.state import State, describe
 
-from .check import fitting
+from .check import accepts, fitting
 from .rotary import positions
 from .shape import wide
 
@@ -183,6 +183,16 @@ class Beyond(nn.Module):
         means = torch.stack([p.mean(0) for p in parts], 1)
         self.usual.zero_()[:, : means.shape[1]] = means
         self.decay.copy_((-rate * dt.sum(1)).exp().mean(0))
+
+
+def switches(channels: int, settings: dict[str, Any] | None) -> Beyond | None:
+    """The switches that a mixer's `beyond` names, None for none. Raises ValueError for one there is not."""
+    if settings is None:
+        return None
+    accepts(Beyond, settings, "beyond")
+    if "length" not in settings:
+        raise ValueError(f"beyond = {settings} names no training length; give beyond={{'length': 2048, ...}}")
+    return Beyond(channels, **settings)
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -70,3 +73,13 @@ def head_width(width: int, num_heads: int, what: str = "num_heads") -> int:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         raise ValueError(f"{what} = {num_heads} does not divide the width {width}; accepted are {divisors}")
     return width // num_heads
+
+
+def accepts(cls: type, given: Iterable[str], what: str) -> None:
+    """Raise ValueError, with the nearest one, for a name that is no argument of cls after its first."""
+    accepted = list(inspect.signature(cls).parameters)[1:]
+    for name in given:
+        if name not in accepted:
+            near = get_close_matches(name, accepted, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it takes {accepted}"
+            raise ValueError(f"{what} takes no argument '{name}'; {hint}")

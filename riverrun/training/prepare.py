@@ -12,6 +12,7 @@ from riverrun.config import to_dict
 from riverrun.data import tokens
 from riverrun.data.packing import Batches, Corpus, documents, find
 from riverrun.data.tokens import BPETokenizer, ByteTokenizer, Tokenizer, characters
+from riverrun.models.device import available
 from riverrun.models.language import LanguageModel
 
 from . import checkpoint
@@ -55,6 +56,7 @@ def prepare(config: TrainConfig, resume: bool) -> tuple[Training, Batches, Token
 
 def begin(config: TrainConfig, tokenizer: Tokenizer) -> Training:
     """A new model and its optimizer."""
+    device = available(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(config.seed)
     sizes = config.model
     if sizes.vocabulary not in (0, tokenizer.size):
@@ -69,7 +71,7 @@ def begin(config: TrainConfig, tokenizer: Tokenizer) -> Training:
             f"data.mode=stream carries the state for ever, and that of {', '.join(model.grows)} grows with "
             "every token: use sliding_window in its place, or data.mode=windows"
         )
-    model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
     return Training(model, adamw(model, config.optim), (None,) * config.accumulate, Progress())
 
 

@@ -65,6 +65,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' code runs on GPUs only",
         good="overwriting what a key held, so recalling more pairs than sums do",
         bad="forgetting what no later key overwrites",
+        slow="on a CPU at width 256 its maps and short convolutions take more than its op, which is compiled",
     ),
     "deltaproduct": Row(
         "DeltaProduct",
@@ -96,6 +97,7 @@ MIXERS: dict[str, Row] = {
         golden="gated_deltanet.safetensors",
         good="language: it overwrites by key and forgets by gate",
         bad="exact recall past what its state holds",
+        slow="on a CPU at width 256 its maps and short convolutions take more than its op, which is compiled",
     ),
     "gla": Row(
         "GLA",
@@ -105,6 +107,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' code runs on GPUs only",
         good="forgetting each key's row at its own rate",
         bad="recall, against delta rules with the same state",
+        slow="on a CPU at width 256 its maps and gates take more than its op, which is compiled",
     ),
     "gru": Row(
         "GRU",
@@ -123,6 +126,7 @@ MIXERS: dict[str, Row] = {
         golden="gsa.safetensors",
         good="recall from few slots, and taking over the weights of a softmax model",
         bad="speed: its memory is walked through twice",
+        slow="two passes, of which the first is another op, `selective`, and softmax over slots between",
     ),
     "hgrn": Row(
         "HGRN",
@@ -177,6 +181,7 @@ MIXERS: dict[str, Row] = {
         golden="kda.safetensors",
         good="language beside a few attention layers: it overwrites by key and forgets by channel",
         bad="exact recall past what its state holds",
+        slow="on a CPU at width 256 its maps and short convolutions take more than its op, which is compiled",
     ),
     "lact": Row(
         "LaCT",
@@ -188,6 +193,7 @@ MIXERS: dict[str, Row] = {
         compiles=False,  # with resets: how many chunks there are is data,
         good="a large nonlinear memory in few large matrix products",
         bad="what lies inside a chunk: its window must cover that",
+        slow="attention in its window, and three wide maps",
     ),
     "liger": Row(
         "Liger",
@@ -198,6 +204,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' layer needs FlashAttention and a GPU",
         good="turning a trained attention layer into a recurrence without a new parameter",
         bad="exact recall of what has left its window",
+        slow="attention in its window takes most of it",
     ),
     "lightnet": Row(
         "LightNet",
@@ -207,6 +214,7 @@ MIXERS: dict[str, Row] = {
         golden="lightnet.safetensors",
         good="weighing all of the past by content alone, and pictures in one scan (lightnet_grid)",
         bad="long streams: each new token counts for less and less",
+        slow="running sums of exponentials for every key and step, which no matrix product makes",
     ),
     "lightnet_grid": Row(
         "LightNetGrid",
@@ -228,6 +236,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' package compiles at install",
         good="being the plainest and cheapest matrix memory",
         bad="long inputs: it never forgets, so they blur",
+        slow="on a CPU at width 256 its maps and feature maps take more than its op, which is compiled",
     ),
     "loglinear": Row(
         "LogLinear",
@@ -266,6 +275,7 @@ MIXERS: dict[str, Row] = {
         golden="mamba2.safetensors",
         good="a larger state than Mamba's at the speed of matrix products",
         bad="recall once the context outgrows the state",
+        slow="on a CPU at width 256 its maps and short convolution take more than its op, which is compiled",
     ),
     "mamba3": Row(
         "Mamba3",
@@ -275,7 +285,7 @@ MIXERS: dict[str, Row] = {
         golden="mamba3.safetensors",
         good="tracking states that turn, at about the cost of Mamba-2 and without its convolution",
         bad="recall once the context outgrows the state",
-        slow="only with rank > 1, whose op runs on 2 rank - 1 times as many steps",
+        slow="its turns and norms of keys are operators of PyTorch; a rank > 1 makes 2 rank - 1 steps of one",
     ),
     "mambamixer": Row(
         "MambaMixer",
@@ -303,6 +313,7 @@ MIXERS: dict[str, Row] = {
         golden="mingru.safetensors",
         good="being the cheapest gated memory",
         bad="tracking states: its gates see only the input",
+        slow="its op is one multiply-add a channel and step; on a CPU its three maps take seven times that",
     ),
     "miras": Row(
         "Miras",
@@ -313,6 +324,7 @@ MIXERS: dict[str, Row] = {
         compiles=False,  # with resets: how many chunks there are is data,
         good="memories with a loss and a retention of choice, robust to outliers",
         bad="speed, against matrix memories",
+        slow="Moneta and Memora make their weights anew for every token, in 8 to 10 times Yaad's time",
     ),
     "mlstm": Row(
         "MLSTM",
@@ -343,6 +355,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' package needs an old PyTorch",
         good="simplicity and smooth extrapolation in length",
         bad="choosing what to keep: its decays are fixed",
+        slow="on a CPU at width 256 its maps and rotations of keys take more than its op, which is compiled",
     ),
     "rwkv6": Row(
         "RWKV6",

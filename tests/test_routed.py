@@ -87,7 +87,7 @@ FORMS = [(mixture, dict(rule=rule, window=1)) for rule in RULES]
 FORMS += [(expansion, dict(writers=w, readers=r)) for w, r in ((1, 1), (1, 2), (2, 1))]
 
 
-@pytest.mark.parametrize("make, args", FORMS, ids=str)
+@pytest.mark.parametrize("make, args", FORMS, ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize("reset", [None, MARKS], ids=["whole", "documents"])
 def test_packed_is_masked(make, args, reset, float64):
     packed, masked = both(make, **args)

@@ -11,7 +11,7 @@ import torch
 
 from riverrun import state as states
 from riverrun.data.tokens import ByteTokenizer
-from riverrun.inference import snapshot
+from riverrun.inference import decoding, snapshot
 from riverrun.inference.decoding import Generation, Limits
 from riverrun.inference.sampling import Sampling, choose, distribution, draw, uniform
 from riverrun.inference.stopping import Outlet
@@ -209,6 +209,21 @@ def test_leaving_the_loop_leaves_sequences_that_can_go_on():
     rest = texts(Generation(made, TOKENIZER, limits=Limits(30 - drawn), sampling=MIXED, resume=run.sequences))
     assert 0 < drawn < 30
     assert ["".join(parts) for parts in zip(*begun, rest, strict=True)] == whole
+
+
+def test_a_step_of_a_small_model_runs_on_one_thread_and_nothing_else_does(monkeypatch):
+    small, threads, inside, outside = model(), torch.get_num_threads(), [], []
+    small.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        for _ in Generation(small, TOKENIZER, ["It is"], Limits(3)):
+            outside.append(torch.get_num_threads())
+        monkeypatch.setattr(decoding, "ALONE", 0)
+        for _ in Generation(small, TOKENIZER, ["It is"], Limits(3)):
+            pass
+    finally:
+        torch.set_num_threads(threads)
+    assert inside == [1, 1, 1, 2, 2, 2] and set(outside) == {2}
 
 
 def test_a_stopped_sequence_ends_and_the_others_run_on():

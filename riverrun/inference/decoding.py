@@ -12,12 +12,14 @@ on the sequence's seed and its number of draws only, and the state has always re
 token, so a run of n tokens that is gone on with for m more is a run of n + m.
 
 On a GPU a step of a model whose state has a constant size is recorded once for each batch size and replayed
-(graph.py): the same kernels, the same bits. `Limits(graph=False)` runs every step by itself.
+(graph.py): the same kernels, the same bits. `Limits(graph=False)` runs every step by itself. On a CPU a step
+of a small model runs on one thread, whatever PyTorch is set to: waking others would take longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -33,6 +35,8 @@ from .graph import Replay, refusal
 from .sampling import Sampling, choose
 from .stopping import Outlet
 from .streams import OVER, Stream, assign, begin, complete, go_on, join, settle, together
+
+ALONE = 1 << 22  # products of a step's largest map that one thread does before another is awake
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Generation:
     ):
         self.model, self.tokenizer, self.limits, self.sampling = model, tokenizer, limits, sampling
         self.device, self.engine = next(model.parameters()).device, engine
+        self.largest = max(p.numel() for p in model.parameters())
         tokens = (
             None if prompts is None else [tokenizer.prompt(p) if isinstance(p, str) else p for p in prompts]
         )
@@ -175,14 +180,26 @@ class Generation:
         counts = [(s.seed, s.draws) for s in rows]
         return choose(logits[:, -1], self.sampling, [s.recent for s in rows], counts)
 
+    @contextmanager
+    def _threads(self, rows: int) -> Iterator[None]:
+        """Inside, PyTorch has the threads that suit a step of so many rows."""
+        threads, few = torch.get_num_threads(), self.device.type == "cpu" and rows * self.largest < ALONE
+        torch.set_num_threads(1 if few else threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
     def _write(self, rows: list[Stream]) -> Iterator[list[str]]:
         """Draw tokens for sequences that run together, until each is finished."""
         index = {id(s): i for i, s in enumerate(self.sequences)}
         start = self.engine or partial(Plain, self.model)
-        running, live = start(join(rows)), set(range(len(rows)))
+        with self._threads(len(rows)):
+            running, live = start(join(rows)), set(range(len(rows)))
         try:
             for left in reversed(range(self.limits.max_tokens)):
-                tokens, texts = self._draw(rows, running), [""] * len(self.sequences)
+                with self._threads(len(rows)):
+                    tokens, texts = self._draw(rows, running), [""] * len(self.sequences)
                 for i in live:
                     texts[index[id(rows[i])]] = self._take(rows[i], tokens[i], last=left == 0)
                 if ended := {i for i in live if rows[i].finished}:

@@ -134,9 +134,12 @@ def doctor(
     names: Names = None,
     device: Annotated[str | None, typer.Option(callback=device_known, help="a GPU if there is one")] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="processes; unless given, one a core for a GPU, else one")
+    ] = None,
 ) -> None:
     """Compare every kernel with its definition on this machine."""
-    command("doctor", names=names or [], device=device, json=json)
+    command("doctor", names=names or [], device=device, as_json=json, jobs=jobs)
 
 
 def read(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Compares every implementation of every op with its float64 definition, on the chip and compilers at hand.
 
-    verdicts = run("cuda")        # or "cpu"; None takes a GPU if there is one
-    print(report(verdicts)); sys.exit(exit_code(verdicts))
+    verdicts = run("cuda")        # or "cpu"; None takes a GPU if there is one. `riverrun doctor` prints them
 
 Forward and all gradients (of y and the final state, to inputs and initial state), with resets, on random
 and on extreme inputs. They are rounded to the dtype under test first, so what is measured is the
@@ -30,11 +29,13 @@ what failed until it passes.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -94,8 +95,12 @@ def run(
     impls: Iterable[str] | None = None,
     remember: bool = True,
     progress: Callable[[Verdict], None] | None = None,
+    jobs: int = 1,
 ) -> list[Verdict]:
-    """Examine `impls` (all) of `ops` (all) in `dtypes` on `device`; `progress` is given every verdict."""
+    """Examine `impls` (all) of `ops` (all) in `dtypes` on `device`; `progress` is given every verdict.
+
+    Most of the time goes into compiling: on a GPU, `jobs` processes take an op and a dtype each.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.device(device).type
     if kind not in DTYPES:
@@ -103,20 +108,36 @@ def run(
     unknown = set(ops or ()) - set(OPS)
     if unknown:
         raise ValueError(f"no ops {sorted(unknown)}; there are {sorted(OPS)}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, not {jobs}")
+    patients = [(name, dtype) for name in ops or OPS for dtype in dtypes or DTYPES[kind]]
     found = []
-    for name in ops or OPS:
-        for dtype in dtypes or DTYPES[kind]:
-            for verdict in examine(OPS[name], dtype, device, impls):
-                found.append(verdict)
-                if progress:
-                    progress(verdict)
+    for verdict in examined(patients, device, None if impls is None else list(impls), jobs):
+        found.append(verdict)
+        if progress:
+            progress(verdict)
     if remember:
         failed = {f"{v.op} {v.impl} {v.dtype}": v.line if v.verdict == "fail" else None for v in found}
         store.record(device, failed)
     return found
 
 
-def patients(op: str, dtype: torch.dtype, device: str) -> Iterable[tuple[str, Case]]:
+def examined(
+    patients: list[tuple[str, torch.dtype]], device: str, impls: list[str] | None, jobs: int
+) -> Iterator[Verdict]:
+    """The verdicts of all patients, in their order."""
+    look = partial(examine, device=device, only=impls)
+    if jobs == 1:
+        for name, dtype in patients:
+            yield from look(name, dtype)
+        return
+    # a process that has used a GPU cannot be forked
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as processes:
+        for verdicts in processes.map(look, *zip(*patients, strict=True)):
+            yield from verdicts
+
+
+def cases(op: str, dtype: torch.dtype, device: str) -> Iterable[tuple[str, Case]]:
     """The cases an implementation must pass, each with a name."""
     half = dtype.itemsize == 2
     sizes = [(ODD, False), (ODD, True), (replace(ODD, T=1), False)]
@@ -129,13 +150,14 @@ def patients(op: str, dtype: torch.dtype, device: str) -> Iterable[tuple[str, Ca
                 yield name, case.to(dtype)
 
 
-def examine(op: Op, dtype: torch.dtype, device: str, only: Iterable[str] | None = None) -> list[Verdict]:
+def examine(name: str, dtype: torch.dtype, device: str, only: Iterable[str] | None = None) -> list[Verdict]:
     """One verdict for every implementation of an op (those in `only`) in one dtype."""
+    op = OPS[name]
     impls = [i for i in op.impls if only is None or i in only]
     worst: dict[str, tuple[float, float, str]] = {}
     cannot: dict[str, str] = {}
     times: dict[str, list[float]] = {impl: [] for impl in impls}
-    for name, case in patients(op.name, dtype, device):
+    for which, case in cases(name, dtype, device):
         truth, scales, bounds, gain = definition(op, case, dtype)
         moved = case.to(dtype, device)
         for impl in impls:
@@ -147,14 +169,14 @@ def examine(op: Op, dtype: torch.dtype, device: str, only: Iterable[str] | None 
             try:
                 found, seconds = outcome(op, moved, impl, gain=gain)
             except Exception as problem:  # a compiler that gives up is a finding, whatever it raises
-                worst[impl] = float("inf"), 0.0, f"{name}: {type(problem).__name__}: {str(problem)[:200]}"
+                worst[impl] = float("inf"), 0.0, f"{which}: {type(problem).__name__}: {str(problem)[:200]}"
                 continue
             times[impl].append(seconds)
             for what, x in found.items():
                 error, bound = distance(x.cpu(), truth[what], scales[what]), bounds[what]
                 if impl not in worst or error * worst[impl][1] > worst[impl][0] * bound:
-                    worst[impl] = error, bound, f"{what} in {name}"
-    return [verdict(op.name, i, dtype, worst.get(i), cannot.get(i, ""), times[i]) for i in impls]
+                    worst[impl] = error, bound, f"{what} in {which}"
+    return [verdict(name, i, dtype, worst.get(i), cannot.get(i, ""), times[i]) for i in impls]
 
 
 def verdict(op: str, impl: str, dtype: torch.dtype, worst: Any, why: str, times: list[float]) -> Verdict:
@@ -273,25 +295,3 @@ def distance(found: Tensor, true: Tensor, scale: float) -> float:
     if found.shape != true.shape or not torch.isfinite(found).all():
         return float("inf")
     return norm(found.to(true.dtype) - true) / (scale or 1.0)
-
-
-def report(verdicts: list[Verdict], device: str | None = None) -> str:
-    """A table with each worst case at the end of its line, and a count."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    head = f"{'op':<11}{'impl':<11}{'dtype':<9} {'error':>8} {'bound':>8}  {'verdict':<7}"
-    lines = [store.machine(device), f"{head}{'ms':>9}{'first s':>8}  worst"]
-    for v in verdicts:
-        numbers = f"{'':>17}" if v.verdict == "cannot" else f"{v.error:>8.1e} {v.bound:>8.1e}"
-        times = f"{v.best_ms:>9.2f}{v.first_s:>8.2f}"
-        lines.append(f"{v.op:<11}{v.impl:<11}{v.dtype:<9} {numbers}  {v.verdict:<7}{times}  {v.where}")
-    count = {kind: sum(v.verdict == kind for v in verdicts) for kind in ("pass", "fail", "cannot")}
-    return "\n".join([*lines, ", ".join(f"{n} {kind}" for kind, n in count.items())])
-
-
-def to_json(verdicts: list[Verdict]) -> str:
-    return json.dumps([asdict(v) for v in verdicts], indent=1)
-
-
-def exit_code(verdicts: list[Verdict]) -> int:
-    """0 if nothing failed, else 1."""
-    return int(any(v.verdict == "fail" for v in verdicts))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from riverrun import doctor, ops
+from riverrun.commands.doctor import exit_code, report, to_json
 from riverrun.kernels import verdicts
 from riverrun.recurrences.fold import fold
 from riverrun.testing import inputs
@@ -117,14 +118,14 @@ def test_report_json_and_exit_code(monkeypatch):
     plant(monkeypatch, "softmax", lambda y, s: (y * 2, s))
     found = doctor.run("cpu", ops=["softmax"], dtypes=[torch.float32], remember=False)
     assert not verdicts.path().exists()
-    assert doctor.exit_code(found) == 1
-    assert doctor.exit_code([v for v in found if v.impl != "cpu"]) == 0
-    assert {v["impl"]: v["verdict"] for v in json.loads(doctor.to_json(found))} == {
+    assert exit_code(found) == 1
+    assert exit_code([v for v in found if v.impl != "cpu"]) == 0
+    assert {v["impl"]: v["verdict"] for v in json.loads(to_json(found))} == {
         "cpu": "fail",
         "scan": "pass",
         "sequential": "pass",
     }
-    assert "2 pass, 1 fail, 0 cannot" in doctor.report(found, "cpu")
+    assert "2 pass, 1 fail, 0 cannot" in report(found, "cpu")
 
 
 def test_compiled_code_sees_the_refusal(monkeypatch):
@@ -140,6 +141,17 @@ def test_every_implementation_on_this_machine(op):
     """The rounding of float32 is where a mistake cannot hide; the command examines the other dtypes too."""
     for found in doctor.run("cpu", ops=[op], dtypes=[torch.float32], remember=False):
         assert found.verdict == "pass", found.line
+
+
+def test_several_processes_find_what_one_finds():
+    which = dict(ops=["diagonal", "softmax"], dtypes=[torch.float64], impls=["sequential"], remember=False)
+    one, two = (
+        [(v.op, v.error, v.bound, v.verdict) for v in doctor.run("cpu", jobs=jobs, **which)]
+        for jobs in (1, 2)
+    )
+    assert one == two and len(one) == 2
+    with pytest.raises(ValueError, match="at least 1"):
+        doctor.run("cpu", jobs=0)
 
 
 def test_unknown_names_are_refused():

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from . import cells, conv, delta, dplr, memory, outer, scan, selective, softmax
-from . import loss as loss  # no ops, but what layers and losses run
+from . import headnorm as headnorm  # no ops, but what layers and losses run
+from . import loss as loss
 from . import norm as norm
+from . import removal as removal
+from . import shift as shift
 from . import swiglu as swiglu
 
 KERNELS: dict[str, Callable[..., Any]] = {

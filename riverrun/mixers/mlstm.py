@@ -54,4 +54,4 @@ class MLSTM(nn.Module):
         q, k, v = (heads(p, self.num_heads) for p in (q * self.key_width**-0.5, k, v))
         i, f = (self.cap * torch.tanh(wide(gates + self.gate_bias) / self.cap)).chunk(2, -1)
         y, state = ops.mlstm(q, k, v, F.logsigmoid(f), i, state=state, reset=reset)
-        return self.out(self.norm(y) * o.sigmoid()), state
+        return self.out(self.norm(y, o.sigmoid())), state

@@ -47,4 +47,4 @@ class RWKV6(nn.Module):
         g = -wide(self.decay(xw)).exp()
         r, k, v, g = (heads(p, H) for p in (self.r(xr), self.k(xk), self.v(xv), g))
         y, S = ops.outer(r, k, v, g, self.bonus, state=S, reset=reset)
-        return self.out(self.norm(y) * F.silu(self.gate(xg))), (S, x[:, -1])
+        return self.out(self.norm(y, F.silu(self.gate(xg)))), (S, x[:, -1])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, LowRank, carried, fitting, head_width, heads, previous, unit, wide
+from riverrun.nn import HeadNorm, LowRank, carried, fitting, head_width, heads, removal, shifted
 
 
 class RWKV7(nn.Module):
@@ -74,19 +74,16 @@ class RWKV7(nn.Module):
             raise ValueError("RWKV7: the first layer's v is for layers with a value_rank, and they need it")
         S, last = carried(self, x, state, reset, 2)
         H, last = self.num_heads, fitting(self, last, x.shape[0], self.width)
-        xr, xw, xk, xv, xa, xg = torch.addcmul(
-            x[..., None, :], (previous(x, last, reset) - x)[..., None, :], self.mix
-        ).unbind(-2)
-        r, k, v = self.r(xr), self.k(xk), self.v(xv)
+        maps, rows = [self.r, self.decay.inp, self.k, self.v, self.rate.inp, self.gate.inp], [*range(6)]
+        if self.value is not None:
+            maps, rows = [*maps, self.value.inp], [*rows, 3]
+        r, w, k, v, a, gate, *low = shifted(x, self.mix, last, reset, maps, rows)
         if self.value is not None and first is not None:
-            v = torch.lerp(v, first, self.value(xv).sigmoid())
+            v = torch.lerp(v, first, self.value.onward(low[0]).sigmoid())
         values = v
-        g = -math.exp(-0.5) * wide(self.decay(xw)).sigmoid()
-        a = self.rate(xa).sigmoid()
-        kappa = unit(heads(k * self.removal, H))
-        k = k * (1 + (a - 1) * self.replacement)
-        r, k, v, g, a = (heads(p, H) for p in (r, k, v, g, a))
-        y, S = ops.dplr(r, k, v, g, -self.strength * a * kappa, kappa, state=S, reset=reset)
-        bonus = (r * k * self.bonus).sum(-1, keepdim=True) * v
-        y = (self.norm(y) + bonus.flatten(2)) * self.gate(xg)
+        w, a = self.decay.onward(w), self.rate.onward(a)
+        r, k, v, w, a, xi, alpha = (heads(p, H) for p in (r, k, v, w, a, self.removal, self.replacement))
+        k, g, e, kappa = removal(k, w, a, xi, alpha, self.strength)
+        y, S = ops.dplr(r, k, v, g, e, kappa, state=S, reset=reset)
+        y = self.norm(y, self.gate.onward(gate), (r, k, v, self.bonus))
         return self.out(y), (S, x[:, -1]), values

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun.mixers.rwkv7 import RWKV7
-from riverrun.nn import carried, fitting, previous, wide
+from riverrun.nn import carried, fitting, shifted, wide
 from riverrun.state import State
 
 
@@ -53,8 +53,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, u: Tensor, last: State, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         last = fitting(self, carried(self, u, last, reset), u.shape[0], self.width)
-        u_k = torch.lerp(u, previous(u, last, reset), self.mix)
-        return self.out(F.relu(self.key(u_k)).square()), u[:, -1]
+        (key,) = shifted(u, self.mix[None], last, reset, [self.key], [0])
+        return self.out(F.relu(key).square()), u[:, -1]
 
 
 class RWKV7Block(nn.Module):

@@ -8,9 +8,11 @@ from .conv import LocalConv, ShortConv, previous
 from .lowrank import LowRank
 from .mlp import GatedMLP
 from .norm import GatedRMSNorm, HeadNorm, RMSNorm, unit
+from .removal import removal
 from .rotary import positions, rotate
 from .selective import SelectiveScan
 from .shape import heads, wide
+from .shift import shifted
 
 __all__ = [
     "GatedMLP",
@@ -34,7 +36,9 @@ __all__ = [
     "pooled",
     "positions",
     "previous",
+    "removal",
     "rotate",
+    "shifted",
     "unit",
     "whole",
     "wide",

@@ -27,4 +27,8 @@ class LowRank(nn.Module):
                 self.out.bias.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.activation(self.inp(x)))
+        return self.onward(self.inp(x))
+
+    def onward(self, low: Tensor) -> Tensor:
+        """From V x on."""
+        return self.out(self.activation(low))

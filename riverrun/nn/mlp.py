@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from riverrun.ops import gpu
 
+from .remade import mapped
+
 
 class GatedMLP(nn.Module):
     """SwiGLU: W_out (silu(W_gate x) ⊙ W_up x). Shazeer 2020 (arXiv:2002.05202) eq. 6.
@@ -24,6 +26,6 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         both = self.inp(x)
         if gpu is not None and gpu.swiglu.refuses(both) is None:
-            return self.out(gpu.swiglu.swiglu(both))
+            return mapped(gpu.swiglu, (both,), [self.out], [0])[0]
         gate, up = both.chunk(2, -1)
         return self.out(F.silu(gate) * up)

@@ -11,6 +11,7 @@ from riverrun.ops import gpu, is_forced
 
 from .shape import wide
 
+Bonus = tuple[Tensor, Tensor, Tensor, Tensor]
 SMALL = 16384  # numbers for which PyTorch's operators are as fast as a call of a kernel
 
 
@@ -73,7 +74,8 @@ class GatedRMSNorm(nn.Module):
 class HeadNorm(nn.Module):
     """Layer norm of every head by itself, (..., H, P) -> (..., H·P), then a weight, and a bias, per channel.
 
-    Elsewhere it is called multi-head layer norm, or group norm with H groups.
+    Elsewhere it is called multi-head layer norm, or group norm with H groups. `bonus` (r, k, v, ρ) adds
+    RWKV's (Σ r ⊙ k ⊙ ρ) v, then the result is multiplied by `gate` (..., H·P); on a GPU in the same kernel.
     """
 
     def __init__(self, width: int, eps: float = 1e-6, bias: bool = False):
@@ -82,9 +84,15 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None, bonus: Bonus | None = None) -> Tensor:
+        if gpu is not None and gpu.headnorm.refuses(x) is None:
+            return gpu.headnorm.head_norm(x, self.weight, self.bias, gate, bonus, self.eps)
         y = F.layer_norm(wide(x), x.shape[-1:], eps=self.eps).flatten(-2) * wide(self.weight)
-        return (y if self.bias is None else y + wide(self.bias)).to(x.dtype)
+        y = (y if self.bias is None else y + wide(self.bias)).to(x.dtype)
+        if bonus is not None:
+            r, k, v, rho = bonus
+            y = y + ((r * k * rho).sum(-1, keepdim=True) * v).flatten(-2)
+        return y if gate is None else y * gate
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:

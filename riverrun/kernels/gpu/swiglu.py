@@ -27,7 +27,8 @@ def _forward(x, y, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(x, dy, dx, N, BLOCK: tl.constexpr):
+def _backward(x, dy, dx, y, N, BLOCK: tl.constexpr):
+    """y, which may stand in the place of dy, is made again if it is wanted."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(x + row * 2 * N + c, mask=c < N, other=0.0).to(tl.float32)
     u = tl.load(x + row * 2 * N + N + c, mask=c < N, other=0.0).to(tl.float32)
@@ -36,10 +37,17 @@ def _backward(x, dy, dx, N, BLOCK: tl.constexpr):
     dg, du = d * u * s * (1.0 + g * (1.0 - s)), d * g * s
     tl.store(dx + row * 2 * N + c, dg.to(dx.dtype.element_ty), mask=c < N)
     tl.store(dx + row * 2 * N + N + c, du.to(dx.dtype.element_ty), mask=c < N)
+    if y is not None:
+        tl.debug_barrier()  # all threads have read dy
+        tl.store(y + row * N + c, (g * s * u).to(y.dtype.element_ty), mask=c < N)
 
 
 @torch.library.custom_op("riverrun::swiglu_gpu", mutates_args=(), device_types=DEVICE)
 def _swiglu(x: Tensor) -> Tensor:
+    return _run(x)
+
+
+def _run(x: Tensor) -> Tensor:
     rows, N = x.shape[0], x.shape[1] // 2
     y = x.new_empty(rows, N)
     _forward[(rows, triton.cdiv(N, BLOCK))](x, y, N, BLOCK)
@@ -48,8 +56,12 @@ def _swiglu(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("riverrun::swiglu_gpu_backward", mutates_args=(), device_types=DEVICE)
 def _gradient(x: Tensor, dy: Tensor) -> Tensor:
+    return _run_backward(x, dy, None)
+
+
+def _run_backward(x: Tensor, dy: Tensor, y: Tensor | None) -> Tensor:
     dx, N = torch.empty_like(x), dy.shape[1]
-    _backward[(x.shape[0], triton.cdiv(N, BLOCK))](x, dy, dx, N, BLOCK)
+    _backward[(x.shape[0], triton.cdiv(N, BLOCK))](x, dy, dx, y, N, BLOCK)
     return dx
 
 
@@ -76,8 +88,22 @@ def refuses(x: Tensor) -> str | None:
     return "it computes in float32, and x is float64" if x.dtype == torch.float64 else None
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """(..., 2 N) -> (..., N)."""
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def call(x: Tensor) -> Tensor:
+    """(..., 2 N) -> (1, ..., N), differentiable."""
     if why := refuses(x):
         raise ValueError(f"swiglu: {why}")
-    return _swiglu(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
+    return _swiglu(_rows(x)).view(1, *x.shape[:-1], -1)
+
+
+def make(x: Tensor) -> Tensor:
+    return _run(_rows(x)).view(1, *x.shape[:-1], -1)
+
+
+def unmake(x: Tensor, d: Tensor) -> tuple[Tensor]:
+    """The gradient of x; d, without gaps, is dy before and y after."""
+    d = d.view(-1, d.shape[-1])
+    return (_run_backward(_rows(x), d, d).view(x.shape),)

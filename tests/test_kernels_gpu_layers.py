@@ -1,0 +1,170 @@
+"""What layers run in Triton between their maps. Needs a GPU, or TRITON_INTERPRET=1 for tiny sizes on a CPU.
+
+Every kernel computes in float32 what the layer's PyTorch form, which float64 gets, computes in float64. An
+output is a sum of at most 200 float32 terms, and relative to the largest of its kind 4e-6 is some 60
+roundings.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
+
+from riverrun.kernels.gpu.launch import DEVICE
+from riverrun.mixers.rwkv7 import RWKV7
+from riverrun.models.rwkv7 import ChannelMix
+from riverrun.nn import GatedMLP, HeadNorm, remade, removal, shifted
+from riverrun.state import leaves
+
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+
+BOUND, ROUNDED = 4e-6, 2e-2  # float32; what a few roundings to bfloat16 amount to
+B, T = (2, 5) if DEVICE == "cpu" else (3, 150)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def gradients(run, inputs, seed=3):
+    """Outputs of `run(*inputs)` and the gradients of all inputs that have one."""
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = run(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    given = [numbers(*y.shape, seed=seed + i).to(y) for i, y in enumerate(out)]
+    wanted = [x for x in inputs if x.requires_grad]
+    return [*out, *torch.autograd.grad(out, wanted, given)]
+
+
+def agree(run, inputs, dtype=torch.float32, bound=BOUND):
+    """`run` on the device in `dtype` against itself in float64; the same bits twice."""
+
+    def to(x, device, dtype):
+        return x.to(device, dtype if x.is_floating_point() else None)
+
+    rounded = [to(x, "cpu", dtype) for x in inputs]
+    exact = gradients(run, [to(x, "cpu", torch.float64) for x in rounded])
+    found, again = (gradients(run, [to(x, DEVICE, dtype) for x in rounded]) for _ in range(2))
+    for i, (a, b, c) in enumerate(zip(found, exact, again, strict=True)):
+        assert torch.equal(a, c), f"{i} differs between two runs"
+        a, b = a.detach().cpu().double(), b.detach()
+        assert a.shape == b.shape
+        assert float((a - b).abs().max() / b.abs().max()) < bound, i
+
+
+def dtypes(test):
+    cases = (
+        [(torch.float32, BOUND)] if DEVICE == "cpu" else [(torch.float32, BOUND), (torch.bfloat16, ROUNDED)]
+    )
+    return pytest.mark.parametrize("dtype, bound", cases, ids=[str(d) for d, _ in cases])(test)
+
+
+@dtypes
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "remade"])
+@pytest.mark.parametrize("resets", [True, False])
+def test_token_shift(kept, resets, dtype, bound, monkeypatch):
+    """Both ways back: with what was mixed kept, and made again; one mixture is read by two maps."""
+    D = 12 if DEVICE == "cpu" else 200
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[0, 2], reset[1, 0] = True, True
+    x, mix, last = numbers(B, T, D), numbers(3, D), numbers(B, D)
+    weights = [numbers(n, D, seed=n) / D**0.5 for n in (4, 6, 8, 10)]
+    monkeypatch.setattr(remade, "watched", lambda: kept)
+
+    def run(x, mix, last, *weights):
+        layers = [nn.Linear(*w.shape[::-1], bias=False, device="meta") for w in weights]
+        for layer, w in zip(layers, weights, strict=True):
+            del layer.weight
+            layer.weight = w  # a tensor with a history, so that its gradient can be asked for
+        given = reset.to(x.device) if resets else None
+        return shifted(x, mix, last if resets else None, given, layers, [0, 1, 2, 1])[: len(weights)]
+
+    monkeypatch.setattr(remade, "plain", lambda layer: True)
+    if resets:
+        agree(run, (x, mix, last, *weights), dtype, bound)
+    else:
+        agree(lambda x, mix, *w: run(x, mix, None, *w), (x, mix, *weights), dtype, bound)
+
+
+@dtypes
+@pytest.mark.parametrize("K", [6, 64])
+def test_removal(K, dtype, bound):
+    H = 2 if DEVICE == "cpu" else 12
+    inputs = [numbers(B, T, H, K, seed=i) for i in range(3)] + [numbers(H, K, seed=i) for i in range(2)]
+    agree(partial(removal, strength=1.5), inputs, dtype, bound)
+
+
+@dtypes
+@pytest.mark.parametrize("bonus", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_norm(bias, gated, bonus, dtype, bound):
+    H, P = (2, 6) if DEVICE == "cpu" else (12, 64)
+    inputs = [3 + numbers(B, T, H, P), numbers(H * P), numbers(H * P, seed=1), numbers(B, T, H * P)]
+    inputs += [numbers(B, T, H, P, seed=i) for i in range(4, 7)] + [numbers(H, P)]
+    used = [True, True, bias, gated, *[bonus] * 4]
+
+    def run(*some):
+        given = iter(some)
+        x, w, b, gate, *rest = (next(given) if there else None for there in used)
+        layer = HeadNorm(H * P, 1e-5, bias)
+        del layer.weight, layer.bias
+        layer.weight, layer.bias = w, b
+        return layer(x, gate, tuple(rest) if bonus else None)
+
+    agree(run, [x for x, there in zip(inputs, used, strict=True) if there], dtype, bound)
+
+
+@dtypes
+def test_what_a_gated_mlp_remakes(dtype, bound):
+    """Gradients of its weights, and that nothing of the inner width is kept but what the first map gave."""
+    width, inner = (6, 10) if DEVICE == "cpu" else (96, 1300)
+    torch.manual_seed(0)
+    mlp = GatedMLP(width, inner).double()
+    mine = GatedMLP(width, inner).to(DEVICE, dtype)
+    mine.load_state_dict(mlp.state_dict())
+    mlp.load_state_dict(mine.state_dict())  # the same rounded numbers
+    x = numbers(B, T, width).to(dtype)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    for layer, given, context in ((mlp, x.double(), nullcontext()), (mine, x.to(DEVICE), hooks)):
+        with context:
+            y = layer(given)
+        y.backward(numbers(*y.shape).to(y))
+    assert inner not in {x.shape[-1] for x in kept if x.shape[0] == B}
+    for a, b in zip(mine.parameters(), mlp.parameters(), strict=True):
+        assert float((a.grad.cpu().double() - b.grad).abs().max() / b.grad.abs().max()) < bound
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "make", [partial(RWKV7, 64, 2, 8, 8, 8), partial(ChannelMix, 64, 96)], ids=["mixer", "mlp"]
+)
+def test_a_whole_layer(make, dtype, bound):
+    """RWKV-7's, with a state and resets: y, the state, and gradients of x and every parameter."""
+    torch.manual_seed(0)
+    true = make()
+    with torch.no_grad():
+        for p in true.parameters():
+            p.copy_(p.to(dtype))
+    mine = make().to(DEVICE, dtype)
+    mine.load_state_dict(true.state_dict())
+    true = true.double()
+    x = numbers(B, T, 64).to(dtype)
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[0, 3] = True
+    results = []
+    for layer, given in ((true, x.double()), (mine, x.to(DEVICE))):
+        x = given.requires_grad_()
+        _, state = layer(x.detach()[:, :4], None, None)
+        y, state = layer(x, state, reset.to(x.device))
+        (y * numbers(*y.shape).to(y)).sum().backward()
+        results.append([y, *leaves(state), x.grad, *(p.grad for p in layer.parameters())])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        a, b = b.detach().cpu().double(), a.detach()
+        assert float((a - b).abs().max() / b.abs().max()) < 5 * bound, i

@@ -191,6 +191,13 @@ def test_half_reset(form, width):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("K, V", [(19, 21), (20, 24)])
+def test_half_rows_that_are_not_aligned(form, K, V):
+    compare(form, dtype=torch.bfloat16, bound=2e-2, T=133, K=K, V=V, reset=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
 @pytest.mark.parametrize("form", ["outer-head", "outer-key", "mlstm", "delta-head", "delta-key", "dplr"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_half_parts(form, reset, monkeypatch):

@@ -1,22 +1,27 @@
 """Language models on a GPU: a training step beside the libraries in use, and decoding after long prompts.
 
-    python benchmarks/gpu_lm.py [--quick] [--only gla,attention] [--seconds 4] [--no-peers] [--out FILE]
+    python benchmarks/gpu_lm.py [--only gla,attention] [--seconds 2] [--no-peers] [--out FILE]
+    python benchmarks/gpu_lm.py --configs 3 --waiting 110 --budget 560 --out FILE     all in 8 to 9 minutes
 
 Models of 110 to 125 million weights: 12 layers of width 768, vocabulary 32,768, bfloat16, random weights and
 tokens. A training step is forward, cross entropy, backward and fused AdamW over 65,536 tokens, as 16
 sequences of 4,096 or 2 of 32,768; its time is the median of CUDA-event timings, its memory the peak with
-weights and optimizer. Decoding takes the likeliest token of each sequence 2,048 times, or for `--seconds` if
-that is shorter: stacks with a constant state by replayed CUDA graphs, attention's growing cache step by step.
-Prompts are read before, in pieces through the state; memory is the peak while decoding, with the weights.
+weights and optimizer. Decoding takes the likeliest token of each sequence 2,048 times: stacks with a constant
+state by replayed CUDA graphs, attention's growing cache step by step and for `--seconds` at most. Prompts are
+read before, in pieces through the state; memory is the peak while decoding, with the weights.
 
 Everything is first run with one layer (as few as a pattern has), all stacks at once in processes of their
-own, so that what is timed afterwards, in one process and one after another, is compiled and tuned.
+own, for `--waiting` seconds at most, so that what is timed afterwards, in one process and one after another,
+is compiled and tuned. `--configs N` lets the libraries' kernels choose among N launch configurations each
+instead of all, which takes minutes. The table is written row by row; what `--budget` seconds do not reach is
+named in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+import gpu_peers
 import torch
 from gpu_lm_models import DEPTH, PEERS, STACKS, VOCABULARY, WIDTH, made, ours
 from torch import Tensor
@@ -43,6 +49,7 @@ TOKENS = 65_536  # of a training step
 LENGTHS, PROMPTS, BATCHES, DECODE = (4096, 32_768), (1024, 65_536), (1, 16, 128), 2048
 PIECE = 131_072  # tokens of all prompts together that are read at once
 FEW = {"hybrid": 4, "rwkv7": 2}  # layers of the runs that compile; others take 1
+ROOM = 110  # GiB that a cache may take
 
 
 @contextmanager
@@ -60,10 +67,22 @@ def limited(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+class Clock:
+    """Seconds since the start, and until the budget is spent."""
+
+    start, budget = time.perf_counter(), float("inf")
+
+    @classmethod
+    def left(cls) -> float:
+        return cls.budget - (time.perf_counter() - cls.start)
+
+
 def guarded(seconds: float, run: Callable, *args):
     """What `run` gives, or in a few words why it gives nothing; afterwards the device is empty."""
+    if Clock.left() <= 0:
+        return "not reached: time was over"
     try:
-        with limited(seconds):
+        with limited(min(seconds, Clock.left())):
             return run(*args)
     except torch.cuda.OutOfMemoryError:
         return "out of memory"
@@ -74,32 +93,50 @@ def guarded(seconds: float, run: Callable, *args):
         torch.cuda.empty_cache()
 
 
-def training(stack: str, side: str, T: int, seconds: float, depth: int = DEPTH) -> tuple[float, float, float]:
-    """(tokens a second, peak GiB, loss) of a training step."""
-    model, loss = made(stack, side, depth)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(VOCABULARY, (TOKENS // T, T + 1), device="cuda")
+class Training:
+    """A model with its optimizer."""
 
-    def step() -> Tensor:
-        found = loss(tokens)
+    def __init__(self, stack: str, side: str, depth: int = DEPTH):
+        self.model, self.loss = made(stack, side, depth)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        found = self.loss(tokens)
         found.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return found.detach()
 
-    first = float(step())
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or (len(times) < 20 and time.perf_counter() < end):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        stop.record()
+    def measured(self, T: int, seconds: float) -> tuple[float, float, float, float]:
+        """(tokens a second, peak GiB, the first step's loss, millions of weights)."""
+        tokens = torch.randint(VOCABULARY, (TOKENS // T, T + 1), device="cuda")
+        first = float(self.step(tokens))
+        self.step(tokens)
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e-3)
-    return TOKENS / median(times), torch.cuda.max_memory_allocated() / 2**30, first
+        torch.cuda.reset_peak_memory_stats()
+        times, end = [], time.perf_counter() + seconds
+        while len(times) < 3 or (len(times) < 20 and time.perf_counter() < end):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            self.step(tokens)
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop) * 1e-3)
+        weights = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return TOKENS / median(times), torch.cuda.max_memory_allocated() / 2**30, first, weights
+
+
+def training(stack: str, side: str, seconds: float, limit: float, depth: int = DEPTH) -> Iterator:
+    """What each length gives, or why not; a library that is still tuning after `limit` is not asked again."""
+    model = guarded(limit, Training, stack, side, depth)
+    found = model
+    for T in LENGTHS:
+        if not isinstance(model, str) and not str(found).startswith("TimeoutError"):
+            found = guarded(limit, model.measured, T, seconds)
+        yield T, found
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def read(model: LanguageModel, batch: int, prompt: int):
@@ -113,9 +150,8 @@ def read(model: LanguageModel, batch: int, prompt: int):
 
 
 @torch.no_grad()
-def decoding(stack: str, batch: int, prompt: int, seconds: float, depth: int = DEPTH) -> tuple[float, ...]:
+def decoding(model: LanguageModel, batch: int, prompt: int, seconds: float) -> tuple[float, ...]:
     """Tokens a second, ms a step, steps, peak GiB, MiB of a sequence's state, and prompt tokens a second."""
-    model = ours(stack, depth)
     state, reading = read(model, batch, prompt)
     held = states.nbytes(state) / batch
 
@@ -159,52 +195,52 @@ def written(stack: str, graph: bool) -> float:
     return max(speeds)
 
 
-def prepare(stacks: list[str], peers: bool, seconds: float) -> Iterator[str]:
+def prepare(stacks: list[str], peers: bool, configs: int, seconds: float) -> Iterator[str]:
     """Compile and tune for every stack, all at once; what each took."""
     start, jobs = time.perf_counter(), {}
     for stack in stacks:
-        for side in ("ours", *(["peer"] if peers and stack in PEERS else [])):
-            command = [sys.executable, __file__, "--one", stack, side]
+        for side in ("ours", *(["peer"] if peers else [])):
+            command = [sys.executable, __file__, "--one", stack, side, "--configs", str(configs)]
             jobs[stack, side] = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
     for (stack, side), job in jobs.items():
         try:
             out = job.communicate(timeout=max(1.0, seconds - (time.perf_counter() - start)))[0].strip()
         except subprocess.TimeoutExpired:
             job.kill()
-            out = f"stopped after {seconds:.0f} s"
-        yield f"- {stack}, {side}: {(out.splitlines() or ['no output'])[-1][:200]}"
+            out = (job.communicate()[0] or "").strip() + f" stopped after {seconds:.0f} s"
+        yield f"- {stack}, {side}: {(out.splitlines() or ['no output'])[-1][-200:]}"
 
 
 def one(stack: str, side: str) -> None:
     """What `prepare` runs: each length of training and each batch of decoding, with few layers and short."""
-    start, depth = time.perf_counter(), FEW.get(stack, 1)
-    for T in LENGTHS:
-        found = guarded(400, training, stack, side, T, 0.0, depth)
-        took = f"{time.perf_counter() - start:.0f} s"
+    depth = FEW.get(stack, 1)
+    for T, found in training(stack, side, 0.0, 400, depth):
+        took = f"{time.perf_counter() - Clock.start:.0f} s"
         print(f"T = {T}: {found if isinstance(found, str) else took}", end="; ", flush=True)
     if side == "ours":
+        model = ours(stack, depth)
         for batch in BATCHES:
-            found = guarded(200, decoding, stack, batch, 1024, 0.0, depth)
+            found = guarded(200, decoding, model, batch, 1024, 0.0)
             print(f"batch {batch}: {found if isinstance(found, str) else 'ready'}", end="; ", flush=True)
 
 
 def train_rows(stacks: list[str], peers: bool, seconds: float) -> Iterator[str]:
-    yield "| stack | T | side | tokens a second | of the peer | peak GiB | first loss |"
-    yield "|---|---:|---|---:|---:|---:|---:|"
+    yield "| stack | T | side | tokens a second | of the peer | peak GiB | first loss | weights, M |"
+    yield "|---|---:|---|---:|---:|---:|---:|---:|"
     for stack in stacks:
+        found = dict(training(stack, "ours", seconds, 60))
+        others = dict(training(stack, "peer", seconds, 30)) if peers else {}
         for T in LENGTHS:
-            found = guarded(60, training, stack, "ours", T, seconds)
-            other = guarded(40, training, stack, "peer", T, seconds) if peers and stack in PEERS else None
-            both = isinstance(found, tuple) and isinstance(other, tuple)
-            ratio = f"{found[0] / other[0]:.2f}" if both else ""
-            for side, x in (("riverrun", found), (PEERS.get(stack, ("",))[0], other)):
+            both = isinstance(found[T], tuple) and isinstance(others.get(T), tuple)
+            ratio = f"{found[T][0] / others[T][0]:.2f}" if both else ""
+            for side, x, of in (("riverrun", found[T], ratio), (PEERS[stack][0], others.get(T), "")):
                 if isinstance(x, tuple):
-                    of = ratio if side == "riverrun" else ""
-                    yield f"| {stack} | {T:,} | {side} | {x[0]:,.0f} | {of} | {x[1]:.1f} | {x[2]:.3f} |"
+                    yield f"| {stack} | {T:,} | {side} | {x[0]:,.0f} | {of} | {x[1]:.1f} | {x[2]:.3f} | {x[3]:.0f} |"
                 elif x is not None:
-                    yield f"| {stack} | {T:,} | {side} | {x} | | | |"
+                    yield f"| {stack} | {T:,} | {side} | {x} | | | | |"
 
 
 def cache_gib(stack: str, tokens: int) -> float:
@@ -218,15 +254,19 @@ def decode_rows(stacks: list[str], quick: bool, seconds: float) -> Iterator[str]
              "state MiB a sequence", "prompt tokens a second")  # fmt: skip
     yield f"| {' | '.join(heads)} |\n|---|{'---:|' * (len(heads) - 1)}"
     for stack in stacks:
+        model = guarded(30, ours, stack)
+        whole = not isinstance(model, str) and not quick and refusal(model) is None
         for batch in BATCHES:
             for prompt in PROMPTS:
                 if quick and batch * prompt > 2**21:
                     continue
                 need = cache_gib(stack, batch * prompt)
-                if need > 100:
-                    found = f"not run: its cache would take {need:,.0f} GiB while it grows"
+                if isinstance(model, str):
+                    found = model
+                elif need > ROOM:
+                    found = f"does not fit: its cache would take {need:,.0f} GiB while it grows"
                 else:
-                    found = guarded(40, decoding, stack, batch, prompt, seconds)
+                    found = guarded(90, decoding, model, batch, prompt, 60.0 if whole else seconds)
                 head = f"| {stack} | {batch} | {prompt:,} |"
                 if isinstance(found, str):
                     yield f"{head} {found} | | | | | |"
@@ -236,17 +276,17 @@ def decode_rows(stacks: list[str], quick: bool, seconds: float) -> Iterator[str]
                     yield f"{head} {speed:,.0f} | {ms:.2f} | {n:,} | {size} | {reading:,.0f} |"
 
 
-def report(stacks: list[str], peers: bool, quick: bool, seconds: float) -> Iterator[str]:
+def report(stacks: list[str], peers: bool, quick: bool, seconds: float, configs: int) -> Iterator[str]:
     import triton
 
-    weights = {s: sum(p.numel() for p in ours(s).parameters()) / 1e6 for s in stacks}
     yield "# Language models on a GPU\n"
     versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}"
     yield f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, one {torch.cuda.get_device_name()}, {versions}\n"
     yield f"    python {' '.join(sys.argv)}\n"
-    yield f"Weights, millions: {', '.join(f'{s} {n:.0f}' for s, n in weights.items())}."
+    if configs:
+        yield f"The libraries' kernels chose among {configs} launch configurations each.\n"
     x = torch.zeros(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
-    yield f"\n    {ops.explain('outer', x, x, x)}"
+    yield f"    {ops.explain('outer', x, x, x)}"
     yield f"\n## A training step of {TOKENS:,} tokens\n"
     yield from train_rows(stacks, peers, seconds)
     yield "\n## Decoding\n"
@@ -263,24 +303,31 @@ def main() -> None:
     )
     parser.add_argument("--only", default=",".join(STACKS))
     parser.add_argument("--quick", action="store_true", help="a second a row, and no 128 prompts of 65,536")
-    parser.add_argument("--seconds", type=float, help="for one row; 4, quick 1")
+    parser.add_argument("--seconds", type=float, help="for one row; 2, quick 1")
     parser.add_argument("--waiting", type=float, default=400, help="seconds for compiling; 0: it was done")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all of it")
+    parser.add_argument("--configs", type=int, default=0, help="of a library's kernel to choose from; 0: all")
     parser.add_argument("--compile", action="store_true", help="nothing else")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    Clock.budget = given.budget
+    if given.configs:
+        gpu_peers.tune_few(given.configs)
     if given.one:
         return one(*given.one)
-    seconds = given.seconds or (1.0 if given.quick else 4.0)
+    seconds = given.seconds or (1.0 if given.quick else 2.0)
     lines, stacks, peers = [], given.only.split(","), not given.no_peers
-    for line in prepare(stacks, peers, given.waiting) if given.waiting else ():
+    for line in prepare(stacks, peers, given.configs, given.waiting) if given.waiting else ():
         print(line, flush=True)
-    for line in report(stacks, peers, given.quick, seconds) if not given.compile else ():
+    rows = report(stacks, peers, given.quick, seconds, given.configs) if not given.compile else ()
+    for line in rows:
         print(line, flush=True)
         lines.append(line)
         if given.out:
             given.out.write_text("\n".join(lines) + "\n")
+    print(f"\n{time.perf_counter() - Clock.start:.0f} s in all")
 
 
 if __name__ == "__main__":

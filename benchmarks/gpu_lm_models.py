@@ -5,6 +5,8 @@ tokens. Peers have the sizes of ours: width, depth, vocabulary, tied embeddings,
 many weights.
 
     gla, gated_deltanet, rwkv7    fla's own models, with its fused norms, convolutions and cross entropy
+    hybrid                        fla's Gated DeltaNet, every fourth layer attention: fla's needs flash-attn,
+                                  so this one has its projections and rotary, and PyTorch's attention
     mamba2                        fla's layer needs mamba-ssm, so ours around fla's simple_gla
     attention                     transformers' Llama with PyTorch's attention, and our cross entropy
 
@@ -19,6 +21,7 @@ from typing import Any
 
 import gpu_peers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
@@ -84,6 +87,32 @@ def of_fla(config: str, model: str, **settings: Any) -> Make:
     return make
 
 
+class Attention(nn.Module):
+    """In the place of fla's, and called as that is."""
+
+    def __init__(self, num_heads: int = 12):
+        super().__init__()
+        from fla.modules import RotaryEmbedding
+
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.rotary = RotaryEmbedding(dim=WIDTH // num_heads)
+
+    def forward(self, hidden_states: Tensor, **others: Any) -> tuple[Tensor, None, Any]:
+        q, k, v = (f(hidden_states).unflatten(-1, (self.num_heads, -1)) for f in (self.q, self.k, self.v))
+        q, k = self.rotary(q, k)[:2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.out(y), None, others.get("past_key_values")
+
+
+def mixed(depth: int) -> tuple[nn.Module, Loss]:
+    model, loss = PEERS["gated_deltanet"][1](depth)
+    for layer in model.model.layers[3::4]:
+        layer.attn = Attention().to("cuda", torch.bfloat16)
+    return model, loss
+
+
 def llama(depth: int) -> tuple[nn.Module, Loss]:
     import transformers
 
@@ -132,4 +161,5 @@ PEERS: dict[str, tuple[str, Make]] = {
     ),
     "rwkv7": ("fla", of_fla("RWKV7Config", "RWKV7ForCausalLM", head_dim=64, intermediate_size=3072)),
     "attention": ("transformers, SDPA", llama),
+    "hybrid": ("fla, its attention PyTorch's", mixed),
 }

@@ -238,7 +238,8 @@ def train_rows(stacks: list[str], peers: bool, seconds: float) -> Iterator[str]:
             ratio = f"{found[T][0] / others[T][0]:.2f}" if both else ""
             for side, x, of in (("riverrun", found[T], ratio), (PEERS[stack][0], others.get(T), "")):
                 if isinstance(x, tuple):
-                    yield f"| {stack} | {T:,} | {side} | {x[0]:,.0f} | {of} | {x[1]:.1f} | {x[2]:.3f} | {x[3]:.0f} |"
+                    numbers = f"{x[0]:,.0f} | {of} | {x[1]:.1f} | {x[2]:.3f} | {x[3]:.0f}"
+                    yield f"| {stack} | {T:,} | {side} | {numbers} |"
                 elif x is not None:
                     yield f"| {stack} | {T:,} | {side} | {x} | | | | |"
 

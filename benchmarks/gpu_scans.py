@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from triton.testing import do_bench, do_bench_cudagraph
 
 from riverrun import doctor, ops
+from riverrun.commands.doctor import report
 from riverrun.kernels.gpu.norm import gated_rms_norm
 from riverrun.recurrences.fold import fold
 from riverrun.testing import inputs
@@ -34,18 +33,12 @@ FRESH = "TRITON_CACHE_DIR" not in os.environ  # no kernel is there yet
 
 
 def check(names: list[str]) -> None:
-    """The doctor on every op, each in a process of its own: a compiler that aborts ends only its own."""
-    for name in names:
-        code = (
-            "import torch; from riverrun import doctor; torch.set_num_threads(1)\n"
-            "def say(v): print(doctor.report([v], 'cuda').splitlines()[2], flush=True)\n"
-            f"doctor.run('cuda', ops=['{name}'], impls=['gpu'], remember=False, progress=say)"
-        )
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{name}: exit {done.returncode}", *done.stderr.splitlines()[-6:], sep="\n")
-        print(f"  {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    """The doctor on every op."""
+
+    def say(verdict: doctor.Verdict) -> None:
+        print(report([verdict], DEVICE).splitlines()[2], flush=True)
+
+    doctor.run(DEVICE, ops=names, impls=["gpu"], remember=False, progress=say, jobs=os.cpu_count())
 
 
 def measure(f) -> float:

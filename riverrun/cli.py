@@ -135,7 +135,7 @@ def doctor(
     device: Annotated[str | None, typer.Option(callback=device_known, help="a GPU if there is one")] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="processes; unless given, one a core for a GPU, else one")
+        int | None, typer.Option(min=1, help="processes at a time; unless given, one a core for a GPU")
     ] = None,
 ) -> None:
     """Compare every kernel with its definition on this machine."""
@@ -143,7 +143,9 @@ def doctor(
 
 
 def read(path: Path) -> str:
-    """A prompt's text. Raises ValueError for a file that is no UTF-8."""
+    """A prompt's text. Raises FileNotFoundError, and ValueError for a file that is no UTF-8."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompt file '{path}'")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

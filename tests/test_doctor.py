@@ -98,6 +98,19 @@ def test_a_crash_is_a_finding(monkeypatch):
     assert found.verdict == "fail" and "no code for this chip" in found.where
 
 
+def test_what_breaks_the_device_is_found_and_the_others_are_not_blamed(monkeypatch):
+    plant(monkeypatch, "softmax", lambda y, s: (y.no_such_thing, s))
+    monkeypatch.setattr(doctor, "gone", lambda device: True)
+    found = doctor.run("cpu", ops=["softmax"], dtypes=[torch.float32], remember=False)
+    assert {v.impl: v.verdict for v in found} == {"cpu": "fail", "scan": "cannot", "sequential": "cannot"}
+    assert all("cpu broke the device" in v.where for v in found if v.impl != "cpu")
+
+
+def test_a_process_that_ends_early_is_a_finding():
+    (found,) = doctor.apart(("softmax", torch.float32), "cuda:99", None)  # which no machine has
+    assert found.impl == "gpu" and found.verdict == "fail" and "ended with code 1" in found.where
+
+
 def test_another_machine_knows_nothing(monkeypatch):
     plant(monkeypatch, "softmax", lambda y, s: (y * 2, s))
     examine("softmax")
@@ -147,7 +160,7 @@ def test_several_processes_find_what_one_finds():
     which = dict(ops=["diagonal", "softmax"], dtypes=[torch.float64], impls=["sequential"], remember=False)
     one, two = (
         [(v.op, v.error, v.bound, v.verdict) for v in doctor.run("cpu", jobs=jobs, **which)]
-        for jobs in (1, 2)
+        for jobs in (None, 2)
     )
     assert one == two and len(one) == 2
     with pytest.raises(ValueError, match="at least 1"):

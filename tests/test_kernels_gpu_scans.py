@@ -15,14 +15,14 @@ from riverrun.kernels.gpu import loss as gpu_loss
 from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.nn import GatedMLP, GatedRMSNorm, unit
 from riverrun.state import leaves
-from riverrun.testing import inputs
+from riverrun.testing import exactness, inputs
 from riverrun.testing.inputs import Size
 from riverrun.training.loss import cross_entropy
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
-NAMES = ("diagonal", "selective", "softmax", "short_conv", "elman", "lstm", "gru", "slstm")
+NAMES = ("diagonal", "selective", "softmax", "short_conv", "short_conv_silu", "elman", "lstm", "gru", "slstm")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no GPU")
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels have their own tests")
 
@@ -35,7 +35,7 @@ def run(name: str, case: inputs.Case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_doctor_passes(name, dtype):
-    """Outputs, states and all gradients, random and extreme, within the bounds derived in `doctor`."""
+    """Outputs, states and all gradients, random and extreme, within the bounds derived in `exactness`."""
     (found,) = doctor.run("cuda", ops=[name], dtypes=[dtype], impls=["gpu"], remember=False)
     assert found.verdict == "pass", found.line
 
@@ -49,10 +49,10 @@ def test_interpreted(name, monkeypatch):
     monkeypatch.setitem(op.kernels, "gpu", kernel)
     for case in inputs.cases(name, Size(B=2, T=9, H=2, K=3, V=3, D=3, N=2, P=3)):
         case = case.to(torch.float32)
-        truth, scales, bounds, _ = doctor.definition(op, case, torch.float32)
-        found, _ = doctor.outcome(op, case, "gpu")
+        truth, scales, bounds, _ = exactness.definition(op, case, torch.float32)
+        found, _ = exactness.outcome(op, case, "gpu")
         for what, x in truth.items():
-            assert doctor.distance(found[what], x, scales[what]) <= bounds[what], what
+            assert exactness.distance(found[what], x, scales[what]) <= bounds[what], what
 
 
 @on_gpu
@@ -60,7 +60,7 @@ def test_interpreted(name, monkeypatch):
 def test_same_input_same_bits(name):
     """There are no atomics: outputs and gradients of two runs are equal to the last bit."""
     case = inputs.make(name, inputs.FORMS[name][0], Size(B=4, T=700, D=96, P=64)).to(torch.bfloat16, DEVICE)
-    first, second = (doctor.outcome(ops.OPS[name], case, "gpu")[0] for _ in range(2))
+    first, second = (exactness.outcome(ops.OPS[name], case, "gpu")[0] for _ in range(2))
     for what, x in first.items():
         assert torch.equal(x, second[what]), what
 

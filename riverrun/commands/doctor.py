@@ -16,8 +16,8 @@ from riverrun.kernels import verdicts as store
 def run(names: list[str], device: str | None, as_json: bool, jobs: int | None) -> int:
     """Print the verdicts; 1 if one of them is a failure."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if jobs is None:  # kernels of a CPU already use its cores
-        jobs = os.cpu_count() or 1 if torch.device(device).type == "cuda" else 1
+    if jobs is None and torch.device(device).type == "cuda":  # kernels of a CPU already use its cores
+        jobs = os.cpu_count()
     with Console(stderr=True).status("examining") as status:
         found = doctor.run(
             device, names or None, progress=lambda v: status.update(f"{v.op} {v.impl} {v.dtype}"), jobs=jobs

@@ -23,8 +23,9 @@ if not torch.cuda.is_available():
 # of a kernel: that it is the recurrence, forwards and backwards, wherever it is cut and whatever lies beside
 SINGLE = ("agreement", "split", "decode", "causality", "reset", "independence", "select", "bounded", "save")
 # In float32, roundings of 6e-8, carried through 67 steps, norms and gradients of gates, come to 1e-5, seldom
-# to 1e-4 of the largest entry. A wrong index, sign or factor changes 1e-2 or more.
-BOUND = 1e-3
+# to 1e-4 of the largest entry; the gradient of xLSTM's first normaliser, which is left when larger terms
+# cancel, to 1.4e-3, on a CPU as well. A wrong index, sign or factor changes 1e-2 or more.
+BOUND = 3e-3
 
 
 def moved(monkeypatch, dtype):

@@ -103,23 +103,26 @@ def call_qwen3_next(model: nn.Module, tokens: Tensor, cache: Any) -> tuple[Tenso
     return out.logits, out.past_key_values
 
 
-def from_mamba(weights: Weights, names: dict[str, str]) -> Weights:
-    """Both Mamba models; `names` is what their mixers call otherwise. A Conv1d loses its middle axis."""
+def from_mamba(weights: Weights, names: dict[str, str], inner: str = "") -> Weights:
+    """Both Mamba models; `names` is what their mixers call otherwise, `inner` the part of ours that is
+    between the maps in and out. A Conv1d loses its middle axis."""
     found = {"embedding.weight": weights["backbone.embeddings.weight"]}
     found[f"norms.{LAYERS}.weight"] = weights["backbone.norm_f.weight"]
-    shared = {"in_proj.weight": "inp.weight", "conv1d.bias": "conv.bias", "out_proj.weight": "out.weight"}
+    outer = {"in_proj.weight": "inp.weight", "out_proj.weight": "out.weight"}
+    between = {"conv1d.bias": "conv.bias", "A_log": "log_rate", "D": "skip", **names}
+    shared = outer | {theirs: inner + ours for theirs, ours in between.items()}
     for i in range(LAYERS):
         layer = f"backbone.layers.{i}."
         found[f"norms.{i}.weight"] = weights[layer + "norm.weight"]
-        found[f"mixers.{i}.conv.weight"] = weights[layer + "mixer.conv1d.weight"].squeeze(1)
-        for theirs, ours in {**shared, "A_log": "log_rate", "D": "skip", **names}.items():
+        found[f"mixers.{i}.{inner}conv.weight"] = weights[layer + "mixer.conv1d.weight"].squeeze(1)
+        for theirs, ours in shared.items():
             found[f"mixers.{i}.{ours}"] = weights[f"{layer}mixer.{theirs}"]
     return found
 
 
 def from_mamba1(weights: Weights) -> Weights:
     dt = {"dt_proj.weight": "dt.weight", "dt_proj.bias": "dt.bias"}
-    return from_mamba(weights, {"x_proj.weight": "dt_bc.weight", **dt})
+    return from_mamba(weights, {"x_proj.weight": "dt_bc.weight", **dt}, "scan.")
 
 
 def from_mamba2(weights: Weights) -> Weights:

@@ -197,7 +197,7 @@ def test_vig_in_one_scan_is_two_gated_linear_attentions():
 
 def as_mamba(mixer, mamba):
     """Give `mamba` the weights of the token mixer."""
-    theirs = {name.removeprefix("scan."): p for name, p in mixer.state_dict().items()}
+    theirs = mixer.state_dict()
     mamba.load_state_dict({name: theirs[name] for name in mamba.state_dict()})
 
 

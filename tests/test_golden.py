@@ -23,13 +23,13 @@ def mamba(g: Golden):
     w = g.weights
     parameters = {
         "inp.weight": w["in_proj.weight"],
-        "conv.weight": w["conv1d.weight"][:, 0],
-        "conv.bias": w["conv1d.bias"],
-        "dt_bc.weight": w["x_proj.weight"],
-        "dt.weight": w["dt_proj.weight"],
-        "dt.bias": w["dt_proj.bias"],
-        "log_rate": w["A_log"],
-        "skip": w["D"],
+        "scan.conv.weight": w["conv1d.weight"][:, 0],
+        "scan.conv.bias": w["conv1d.bias"],
+        "scan.dt_bc.weight": w["x_proj.weight"],
+        "scan.dt.weight": w["dt_proj.weight"],
+        "scan.dt.bias": w["dt_proj.bias"],
+        "scan.log_rate": w["A_log"],
+        "scan.skip": w["D"],
         "out.weight": w["out_proj.weight"],
     }
     return parameters, (g.state["S"], g.state["conv"].mT[:, 1:])  # theirs keeps one input more than it reads

@@ -60,8 +60,10 @@ def mamba_parity():
     m = blank("mamba", num_states=1, rank=1)
     for row, source in ((0, 1), (1, 0), (16, 1)):  # u_0, u_1 and the gate of channel 0
         m.inp.weight[row, source] = 1
-    m.dt_bc.weight[0, 1] = m.dt_bc.weight[1, 0] = m.dt_bc.weight[2, 0] = 1  # δ by the bit, B and C by the one
-    m.dt.weight[0, 0], m.dt.bias[0] = 3 * OPEN, SHUT
+    m.scan.conv.weight[:, -1] = 1
+    # δ by the bit, B and C by the one
+    m.scan.dt_bc.weight[0, 1] = m.scan.dt_bc.weight[1, 0] = m.scan.dt_bc.weight[2, 0] = 1
+    m.scan.dt.weight[0, 0], m.scan.dt.bias[0] = 3 * OPEN, SHUT
     return m
 
 
@@ -101,7 +103,7 @@ def test_without_the_switch_nothing_flips(name):
     b, m = bits(), PARITY[name]()
     if name == "rwkv7":
         m.strength = 1
-    m.negative_eigenvalues = False
+    (m.scan if name == "mamba" else m).negative_eigenvalues = False
     y = m(seen(b))[0][..., 0]
     assert error(y, b.cumsum(1) % 2 * y.abs().max() * y.sum().sign()) > 0.3
 

@@ -192,11 +192,16 @@ def switched(name, switch=None, length=LENGTH, **args):
     given = {} if switch is None else {"beyond": {"length": length, **SWITCHES[switch]}}
     mixer = instance(lambda: build(name, WIDTH, **{**MIXERS[name].small, **given, **args}))
     with torch.no_grad():
-        mixer.log_rate.sub_(4)
+        core(mixer).log_rate.sub_(4)
         if switch == "filter":
             with measuring(mixer):
                 mixer(torch.cat([inputs(length, seed) for seed in range(20)]))
     return mixer
+
+
+def core(mixer):
+    """What of a mixer has the rates and the switches."""
+    return getattr(mixer, "scan", mixer)
 
 
 def test_a_switch_that_is_not_there_is_refused():
@@ -310,13 +315,14 @@ def test_the_filter_keeps_the_decay_of_training_in_global_channels(name, float64
     def note(beyond, given, made):
         kept.append((given[0].sum(1), made[0].sum(1), made[0]))
 
-    mixer.beyond.register_forward_hook(note)
+    beyond = core(mixer).beyond
+    beyond.register_forward_hook(note)
     with torch.no_grad():
         mixer(x)
     before, after, steps = kept[0]
-    wide_open = mixer.beyond.decay > mixer.beyond.global_above
+    wide_open = beyond.decay > beyond.global_above
     assert wide_open.any()
-    usual = mixer.beyond.usual.mean(1) * length  # steps of one length together
+    usual = beyond.usual.mean(1) * length  # steps of one length together
     # one length whole, and of the others as much as keeps each within it: 1 + log 16 lengths, not 16; a
     # quarter more because these are other tokens than were measured
     allowed = 1.25 * (1 + math.log(times)) * usual

@@ -93,7 +93,8 @@ def test_sums_over_a_text_are_float64():
 def test_decay_is_by_role():
     decays = decaying(model("mamba", tied=False))
     assert decays["blocks.0.mixer.inp.weight"] and decays["blocks.1.mlp.out.weight"] and decays["head.weight"]
-    for name in ("embedding.weight", "norm.weight", "blocks.0.mixer.log_rate", "blocks.0.mixer.dt.bias"):
+    inner = ("blocks.0.mixer.scan.log_rate", "blocks.0.mixer.scan.dt.bias")
+    for name in ("embedding.weight", "norm.weight", *inner):
         assert not decays[name], name
     special = model()
     special.blocks[0].mlp.out.weight.decays = False

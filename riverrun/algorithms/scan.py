@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from riverrun.recurrences import diagonal as _diagonal
+from riverrun.recurrences import selective as _selective
 from riverrun.recurrences import softmax as _softmax
 
 BLOCK = 64  # steps scanned at a time where all states would not fit in memory
@@ -45,13 +46,13 @@ def diagonal(a: Tensor, b: Tensor, state: Tensor | None = None, reset: Tensor | 
     return h, h[:, -1]
 
 
-def selective(x, dt, A, B, C, state: Tensor | None = None, reset: Tensor | None = None):
+def selective(x, dt, A, B, C, low=None, state: Tensor | None = None, reset: Tensor | None = None):
     """The selective recurrence, BLOCK steps of T × E × N at a time."""
     ys = []
     resets = [None] * -(-x.shape[1] // BLOCK) if reset is None else reset.split(BLOCK, 1)
     for x_, dt_, B_, C_, reset_ in zip(*(s.split(BLOCK, 1) for s in (x, dt, B, C)), resets, strict=True):
         drive = (dt_ * x_)[..., None] * B_[:, :, None]
-        h, state = diagonal((dt_[..., None] * A).exp(), drive, state, reset_)
+        h, state = diagonal(_selective.decay(dt_, A, low), drive, state, reset_)
         ys.append(torch.einsum("bten,btn->bte", h, C_))
     return torch.cat(ys, 1), state
 

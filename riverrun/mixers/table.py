@@ -265,7 +265,6 @@ MIXERS: dict[str, Row] = {
         golden="mamba.safetensors",
         good="dense signals and language with a small state for each channel",
         bad="recall of many pairs",
-        slow="only with negative_eigenvalues, which store every state for want of an op of their own",
     ),
     "mamba2": Row(
         "Mamba2",

@@ -20,7 +20,7 @@ here by its abstract and summaries, not by its equations; `every` = 1 is the pap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,15 +111,15 @@ class Beyond(nn.Module):
         return y - old, (S, after, *kept)
 
     def selective(
-        self, op: Callable, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: State, reset: Any
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, low: Any, state: State, reset: Any
     ) -> tuple[Tensor, State]:
-        """`op(u, dt, A, B, C)`, selective, with all but limit and window; a channel's rate is its slowest."""
+        """`ops.selective` with all but limit and window; a channel's rate is its slowest."""
         if self.limit is not None or self.window is not None:
             raise ValueError("limit and window are for mixers with matrix states, such as mamba2")
         h, start = self.parts(state)
         h = fitting(self, h, len(u), *A.shape)
         dt, written, _, after = self(dt, -A.amax(-1), start, reset)
-        y, h = op((u * written).to(u.dtype), dt, A, B, C, state=h, reset=reset)
+        y, h = ops.selective((u * written).to(u.dtype), dt, A, B, C, low, state=h, reset=reset)
         return y, (h, after)
 
     def parts(self, state: State) -> tuple:

@@ -111,7 +111,9 @@ def _diagonal(form: str, s: Size, r: Draw) -> Args:
 def _selective(form: str, s: Size, r: Draw) -> Args:
     dt = r.between(F.softplus(r.normal(s.B, s.T, s.D) - 1), (0.0, 1e-3, 1.0, 20.0))
     A = -r.between(4 * r.uniform(s.D, s.N), (0.0, 1e-3, 1.0, 20.0))
-    return r.normal(s.B, s.T, s.D, large=10), dt, A, r.normal(s.B, s.T, s.N), r.normal(s.B, s.T, s.N)
+    x, B, C = r.normal(s.B, s.T, s.D, large=10), r.normal(s.B, s.T, s.N), r.normal(s.B, s.T, s.N)
+    low = r.between(2 * r.uniform(s.D, s.N) - 1, (-1.0, -0.5, 0.0)) if form == "signed" else None
+    return x, dt, A, B, C, low
 
 
 def _qkv(s: Size, r: Draw, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +183,7 @@ def _cell(gates: int) -> Callable[[str, Size, Draw], Args]:
 
 MAKERS: dict[str, tuple[tuple[str, ...], Callable[[str, Size, Draw], Args]]] = {
     "diagonal": (("real", "complex"), _diagonal),
-    "selective": (("real",), _selective),
+    "selective": (("real", "signed"), _selective),
     "outer": (("none", "head", "key", "none bonus", "head bonus", "key bonus"), _outer),
     "mlstm": (("head",), _mlstm),
     "delta": (("none", "head", "key"), _delta),

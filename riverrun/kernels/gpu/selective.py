@@ -1,14 +1,14 @@
 """The selective state space on a GPU: the T × E × N states exist in registers only. See `tiles`.
 
 A program takes one sequence's block of channels and streams tiles of time; for each of the N states in turn
-it makes the decays e^{dt A_n} and inputs dt x B_n of the tile, sweeps them, and adds C_n h to y. The state
-that leaves each tile is kept, so that backward, which goes through the tiles against time, can sweep any
-tile's h again:
+it makes the decays a = e^{dt A_n}, or that + low (1 - that), and inputs dt x B_n of the tile, sweeps them
+and adds C_n h to y. The state that leaves each tile is kept, so that backward, which goes through the
+tiles against time, can sweep any tile's h again. With s = ∂a/∂(dt A_n), which is a or (1 - low) e^{dt A_n}:
 
     g_t = C_t dy_t + f_{t+1}      f_t = a_t g_t
     (f_T is the gradient of the last state, f_0 that of the first)
-    dx = dt Σ_n g B_n    ddt = Σ_n g (a h_{t-1} A_n + x B_n)    dA_n = Σ_t g a h_{t-1} dt    dB_n = Σ_e g dt x
-    dC_n = Σ_e dy h
+    dx = dt Σ_n g B_n    ddt = Σ_n g (s h_{t-1} A_n + x B_n)    dA_n = Σ_t g s h_{t-1} dt    dB_n = Σ_e g dt x
+    dC_n = Σ_e dy h    dlow_n = Σ_t g (1 - e^{dt A_n}) h_{t-1}
 
 The sums over channels are written once a channel block and the sums over batch once a sequence, and added in
 a fixed order afterwards. Source: Gu & Dao 2023 (arXiv:2312.00752), algorithm 2 and appendix D.
@@ -34,7 +34,7 @@ def _load(x, at, inside):
 
 @triton.jit
 def _forward(
-    x, dt, A, B, C, start, reset, y, final, states, T, E, N, SLOTS,
+    x, dt, A, B, C, low, start, reset, y, final, states, T, E, N, SLOTS,
     S: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks of W, batch). states: (batch, SLOTS, N, E), what leaves tile k at slot k %
@@ -52,6 +52,9 @@ def _forward(
         at_n, last = (row * T + t0) * N + t * N, (k + SLOTS - 1) % SLOTS
         for n in range(N):
             a = tl.exp(dt_ * _load(A, c * N + n, c < E)[None, None, :])
+            if low is not None:
+                low_ = _load(low, c * N + n, c < E)[None, None, :]
+                a += low_ * (1 - a)  # exactly 1 where dt is 0, as past the end
             if reset is not None:
                 a = tl.where(flags(reset, row * T + t0 + t, live)[:, :, None], 0.0, a)
             carry = tl.zeros([W], tl.float32)
@@ -70,11 +73,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, dt, A, B, C, start, reset, states, dy, dfinal, dx, ddt, dA, dB, dC, flow, T, E, N, SLOTS,
+    x, dt, A, B, C, low, start, reset, states, dy, dfinal, dx, ddt, dA, dB, dC, dlow, flow, T, E, N, SLOTS,
     S: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """dB, dC: (channel blocks, batch, T, N) and dA, flow: (batch, N, E) are parts; flow ends as the first
-    f."""
+    """dB, dC: (channel blocks, batch, T, N) and dA, dlow, flow: (batch, N, E) are parts; flow ends as the
+    first f."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = block * W + tl.arange(0, W)
     t = tl.arange(0, S)[:, None] * L + tl.arange(0, L)[None, :]
@@ -94,6 +97,9 @@ def _backward(
             A_ = _load(A, c * N + n, c < E)
             B_, C_ = _load(B, at_n + n, live)[:, :, None], _load(C, at_n + n, live)[:, :, None]
             a = tl.exp(dt_ * A_[None, None, :])
+            if low is not None:
+                low_ = _load(low, c * N + n, c < E)[None, None, :]
+                a += low_ * (1 - a)  # exactly 1 where dt is 0, as past the end
             if reset is not None:
                 a = tl.where(flags(reset, row * T + t0 + t, live)[:, :, None], 0.0, a)
             h = tl.zeros([W], tl.float32)
@@ -113,10 +119,21 @@ def _backward(
             g += later
             tl.store(flow + mine + n * E, f, mask=c < E)
             gB += g * B_
-            gA += g * kept * A_[None, None, :]
+            moved = g * kept  # by a change of dt A_n
+            if low is not None:
+                raised = tl.exp(dt_ * A_[None, None, :])
+                moved = g * before
+                if reset is not None:
+                    moved = tl.where(flags(reset, row * T + t0 + t, live)[:, :, None], 0.0, moved)
+                sum_low = tl.sum(tl.sum(moved * (1 - raised), 1), 0)
+                if i > 0:
+                    sum_low += tl.load(dlow + mine + n * E, mask=c < E, other=0.0)
+                tl.store(dlow + mine + n * E, sum_low, mask=c < E)
+                moved *= (1 - low_) * raised
+            gA += moved * A_[None, None, :]
             tl.store(dB + part + at_n + n, tl.sum(g * dt_ * x_, 2), mask=live)
             tl.store(dC + part + at_n + n, tl.sum(dy_ * (kept + dt_ * x_ * B_), 2), mask=live)
-            sum_A = tl.sum(tl.sum(g * kept * dt_, 1), 0)
+            sum_A = tl.sum(tl.sum(moved * dt_, 1), 0)
             if i > 0:
                 sum_A += tl.load(dA + mine + n * E, mask=c < E, other=0.0)
             tl.store(dA + mine + n * E, sum_A, mask=c < E)
@@ -136,25 +153,26 @@ def _tile(x: Tensor) -> tuple[tuple[int, int], int, dict]:
     return (triton.cdiv(E, W), B), triton.cdiv(T, S * L), {"S": S, "L": L, "W": W, "num_warps": warps}
 
 
-def _run(x, dt, A, B, C, state, reset, save):
-    y, final, states = _fake(x, dt, A, B, C, state, reset, save)
+def _run(x, dt, A, B, C, low, state, reset, save):
+    y, final, states = _fake(x, dt, A, B, C, low, state, reset, save)
     grid, _, tile = _tile(x)
     # without gradients two slots are enough: one to read, one to write
     room = states if save else x.new_empty(x.shape[0], 2, A.shape[1], A.shape[0], dtype=torch.float32)
-    inputs = tuple(flat(v) for v in (x, dt, A, B, C, state, reset))
+    inputs = tuple(flat(v) for v in (x, dt, A, B, C, low, state, reset))
     _forward[grid](*inputs, y, final, room, *x.shape[1:], A.shape[1], room.shape[1], **tile)
     return y, final, states
 
 
-def _run_backward(x, dt, A, B, C, state, reset, y, final, states, dy, dfinal):
+def _run_backward(x, dt, A, B, C, low, state, reset, y, final, states, dy, dfinal):
     (batch, T, E), N = x.shape, A.shape[1]
     dy = torch.zeros_like(y) if dy is None else dy
     grid, tiles, tile = _tile(x)
     dx, ddt = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt))
     dA, flow = (x.new_empty(batch, N, E, dtype=torch.float32) for _ in range(2))
+    dlow = None if low is None else torch.empty_like(dA)
     dB, dC = (x.new_empty(grid[0], batch, T, N, dtype=torch.float32) for _ in range(2))
-    inputs = tuple(flat(v) for v in (x, dt, A, B, C, state, reset, states, dy, dfinal))
-    _backward[grid](*inputs, dx, ddt, dA, dB, dC, flow, T, E, N, tiles, **tile)
+    inputs = tuple(flat(v) for v in (x, dt, A, B, C, low, state, reset, states, dy, dfinal))
+    _backward[grid](*inputs, dx, ddt, dA, dB, dC, dlow, flow, T, E, N, tiles, **tile)
     dstate = None if state is None else flow.mT.contiguous()
     return (
         dx,
@@ -162,12 +180,13 @@ def _run_backward(x, dt, A, B, C, state, reset, y, final, states, dy, dfinal):
         dA.sum(0).mT.to(A.dtype).contiguous(),
         dB.sum(0).to(B.dtype),
         dC.sum(0).to(C.dtype),
+        None if dlow is None else dlow.sum(0).mT.to(low.dtype).contiguous(),
         dstate,
         None,
     )
 
 
-def _fake(x, dt, A, B, C, state, reset, save):
+def _fake(x, dt, A, B, C, low, state, reset, save):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     tiles = _tile(x)[1] if save else 0
     states = x.new_empty(x.shape[0], tiles, A.shape[1], A.shape[0], dtype=torch.float32)
@@ -175,7 +194,8 @@ def _fake(x, dt, A, B, C, state, reset, save):
 
 
 _selective = define(
-    "selective_gpu", "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? state, Tensor? reset",
+    "selective_gpu",
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? low, Tensor? state, Tensor? reset",
     2, 1, DEVICE, _run, _run_backward, _fake,
 )  # fmt: skip
 
@@ -186,8 +206,9 @@ def selective(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    low: Tensor | None = None,
     state: Tensor | None = None,
     reset: Tensor | None = None,
 ):
-    y, h = _selective(x, dt, A, B, C, state, reset)
+    y, h = _selective(x, dt, A, B, C, low, state, reset)
     return y, h

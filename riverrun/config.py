@@ -14,6 +14,7 @@ import json
 import types
 from collections.abc import Iterable
 from difflib import get_close_matches
+from os.path import expanduser
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -24,8 +25,9 @@ def override(config: T, settings: Iterable[str]) -> T:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ValueError(f"'{setting}' is not of the form key=value; keys are {keys(config)}")
-        config = _set(config, key.strip().split("."), value.strip(), key.strip())
+            hint = nearest(setting.strip("= "), keys(config))
+            raise ValueError(f"'{setting}' is not of the form key=value; {hint}")
+        config = _set(config, key.strip().split("."), value, key.strip())
     return config
 
 
@@ -119,7 +121,7 @@ def _set_key(values: dict[str, Any], kind: Any, path: list[str], text: str, key:
 def _read(kind: Any, text: str, key: str) -> Any:
     """The value that `text`, typed by hand, means for a field of type `kind`."""
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if type(None) in options and text.lower() in ("none", "null"):
+    if type(None) in options and text.strip().lower() in ("none", "null"):
         return None
     for option in options:
         try:
@@ -131,7 +133,10 @@ def _read(kind: Any, text: str, key: str) -> Any:
 
 def _json(kind: Any, text: str) -> Any:
     """`text` as a JSON value, quotes left out where the type makes them needless."""
-    if kind is str or get_origin(kind) is Literal:
+    if kind is str:  # what a space or a line break means, its reader knows; no shell expands the ~ of key=~/x
+        return expanduser(text) if text.startswith("~/") else text
+    text = text.strip()
+    if get_origin(kind) is Literal:
         return text
     if kind is bool:
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -94,9 +94,12 @@ def unflatten(tensors: dict[str, Tensor], skeleton: Any) -> State:
 
 
 def save(state: State, path: str | Path, **metadata: str) -> None:
-    """Write a state to one safetensors file, with `metadata` beside it."""
+    """Write a state to one safetensors file, with `metadata` beside it. Raises OSError when it cannot be."""
     tensors, skeleton = flatten(state)
-    save_file(tensors, str(path), {**metadata, "skeleton": json.dumps(skeleton)})
+    try:
+        save_file(tensors, str(path), {**metadata, "skeleton": json.dumps(skeleton)})
+    except SafetensorError as error:
+        raise OSError(f"the state could not be written to {path}: {error}") from error
 
 
 def load(path: str | Path) -> tuple[State, dict[str, str]]:

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from riverrun import cli
+
 torch.set_num_threads(1)
 
 
@@ -10,3 +12,16 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def riverrun(capfd):
+    """Run a command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call

@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "write_bytes", full)
     monkeypatch.setattr(checkpoint, "write_bytes", full)
     with pytest.raises(
-        OSError, match=r"at step 9 .No space left.*step-00000006.*Make room.*--resume"
+        OSError, match=r"no checkpoint .* at step 9 .No space left.*step-00000006.*Make room.*--resume"
     ) as error:
         train(config, report=Silent())
     assert error.value.errno == errno.ENOSPC
@@ -189,8 +189,9 @@ def test_a_run_is_not_overwritten(run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("model.width=32", "trained with model = "),
-        ("data.length=8", "trained with data = "),
+        ("model.width=32", r"trained with model\.width = 16, now it is 32"),
+        ("data.length=8", r"trained with data\.length = 16, now it is 8"),
+        ("accumulate=1", "trained with accumulate = 2, now it is 1"),
         ("seed=1", "trained with seed = 0, now it is 1"),
     ],
 )
@@ -205,6 +206,25 @@ def test_other_text_is_refused(run, tmp_path):
         prepare.prepare(run[0], resume=True)
 
 
+def test_the_text_may_lie_elsewhere(run, tmp_path):
+    config, _ = run
+    (tmp_path / "moved").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    with pytest.raises(FileNotFoundError):
+        prepare.prepare(config, resume=True)
+    prepare.prepare(override(config, [f"data.files={tmp_path / 'moved'}"]), resume=True)
+
+
+def test_a_used_budget_is_told(run):
+    report, notes = Silent(), []
+    report.note = notes.append
+    assert train(run[0], resume=True, report=report).step == 3
+    assert notes == [
+        f"the budget is used up at step 3. Give a larger one: riverrun train --resume {run[0].out} steps=..."
+    ]
+
+
 def test_a_damaged_checkpoint_is_refused(run):
     config, path = run
     for name in ("training.safetensors", "model.safetensors"):
@@ -214,6 +234,13 @@ def test_a_damaged_checkpoint_is_refused(run):
             prepare.prepare(config, resume=True)
         (path / name).write_bytes(data)
     values = json.loads((path / "training.json").read_text())
+    for name in ("progress", "config", "skeleton", "sha256"):
+        (path / "training.json").write_text(json.dumps({k: v for k, v in values.items() if k != name}))
+        with pytest.raises(ValueError, match=rf"step-00000003 is damaged.*lacks \['{name}'\]; remove"):
+            prepare.prepare(config, resume=True)
+    (path / "training.json").unlink()
+    with pytest.raises(ValueError, match="step-00000003 is damaged"):
+        prepare.prepare(config, resume=True)
     values["config"]["stepz"] = 1
     (path / "training.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="unknown field 'stepz'; did you mean 'steps'"):
@@ -223,6 +250,13 @@ def test_a_damaged_checkpoint_is_refused(run):
 def test_no_run_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no run to go on with"):
         train(settings(tmp_path, "nothing"), resume=True, report=Silent())
+
+
+def test_a_place_inside_a_run_is_told_from_its_folder(run):
+    config, path = run
+    for inside in (path, Path(config.out) / "model"):
+        with pytest.raises(FileNotFoundError, match=f"give the run's folder, {config.out}$"):
+            checkpoint.latest(inside)
 
 
 def test_nan_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, monkeypatch):

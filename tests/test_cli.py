@@ -1,24 +1,19 @@
 """The command line: every command does its work, and bad input ends in one line that says what to do."""
 
 import json
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from command_line import BOOK, made, refused
 
 from riverrun import __version__, cli
-from riverrun import state as states
 from riverrun.commands.train import changed, load
-from riverrun.data.tokens import ByteTokenizer
-from riverrun.inference.decoding import Generation
+from riverrun.data.tokens import BPETokenizer
 from riverrun.mixers import MIXERS
-from riverrun.models import folder
-from riverrun.models.language import LanguageConfig, LanguageModel
 
-BOOK = "It was a line of a book that nobody had read. " * 40
 TINY = [
     "model.width=16",
     "model.depth=1",
@@ -29,39 +24,9 @@ TINY = [
 ]
 
 
-def made(path, seed=0, width=16, pattern="mingru"):
-    torch.manual_seed(seed)
-    tokenizer = ByteTokenizer()
-    config = LanguageConfig(tokenizer.size, width, depth=1, pattern=pattern, tied=False)
-    folder.save(path, LanguageModel(config), tokenizer)
-    return str(path)
-
-
 @pytest.fixture
 def model(tmp_path):
     return made(tmp_path / "model")
-
-
-@pytest.fixture
-def riverrun(capfd):
-    """Run a command line in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return exit.value.code or 0, out, err
-
-    return call
-
-
-def refused(result, *words):
-    """One line on standard error with all of `words`, nothing on standard output, exit code 2."""
-    code, out, err = result
-    assert (code, out) == (2, ""), err
-    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
-    for word in words:
-        assert word in err, err
 
 
 def test_help_imports_nothing_heavy_and_names_every_command():
@@ -130,6 +95,7 @@ def test_settings_recipes_and_runs_that_do_not_exist_are_refused(riverrun, tmp_p
     refused(riverrun("train", "optim.lrr=1"), "no setting 'optim.lrr'", "did you mean 'optim.lr'?")
     refused(riverrun("train", "steps=many"), "'many' is not int")
     refused(riverrun("train", "papr"), "no recipe 'papr'", "did you mean 'paper'?")
+    refused(riverrun("train", "steps=1", "paper"), "'paper' is not of the form", "recipe stands before")
     refused(riverrun("train", tmp_path / "no.json"), "no file")
     refused(riverrun("train", tmp_path / "no.py"), "no recipe")
     refused(riverrun("train", "--resume", tmp_path), "no checkpoint")
@@ -140,112 +106,8 @@ def test_settings_recipes_and_runs_that_do_not_exist_are_refused(riverrun, tmp_p
     refused(riverrun("train", "paper"), "paper.py is no recipe", "config()")
 
 
-def test_generate_writes_the_same_text_again_for_the_same_seed(riverrun, model):
-    first = riverrun("generate", model, "-p", "a", "max_tokens=20", "seed=3")[1]
-    assert riverrun("generate", model, "-p", "a", "max_tokens=20", "seed=3")[1] == first
-    assert riverrun("generate", model, "-p", "a", "max_tokens=20", "seed=4")[1] != first
-
-
-def test_samples_and_several_prompts_are_a_batch(riverrun, model, tmp_path):
-    (tmp_path / "prompt.txt").write_text("a longer prompt")
-    _, both, _ = riverrun(
-        "generate", model, "-p", "a", "-f", tmp_path / "prompt.txt", "samples=2", "max_tokens=9"
-    )
-    alone = [
-        riverrun("generate", model, "-p", prompt, "max_tokens=9", f"seed={seed}")[1]
-        for seed in (0, 1)
-        for prompt in ("a", "a longer prompt")
-    ]
-    assert both == "".join(alone)
-
-
-def test_generate_goes_on_from_its_state_file(riverrun, model, tmp_path):
-    file = tmp_path / "run.state"
-    whole = riverrun("generate", model, "-p", "a", "max_tokens=30", "seed=3")[1]
-    first = riverrun("generate", model, "-p", "a", "max_tokens=12", "seed=3", "--state", file)
-    second = riverrun("generate", model, "max_tokens=18", "--state", file)
-    assert first[1][:-1] + second[1] == whole
-    assert str(file) in first[2]
-
-
-def test_generate_begins_with_a_file_that_is_only_read(riverrun, model, tmp_path):
-    start, kept = tmp_path / "begin.state", tmp_path / "end.state"
-    riverrun("generate", model, "-p", "a", "max_tokens=2", "--state", start)
-    before = start.read_bytes()
-    text = riverrun("generate", model, "max_tokens=9", f"start={start}")[1]
-    assert riverrun("generate", model, "max_tokens=9", f"start={start}", "--state", kept)[1] == text
-    assert start.read_bytes() == before and kept.read_bytes() != before
-    refused(riverrun("generate", model, f"start={start}", "--state", kept), "leave out start=")
-    refused(riverrun("generate", model, "-p", "a", f"start={tmp_path / 'no.state'}"), "no state file")
-
-
 def test_an_argument_that_is_a_dictionary_is_shown_how_to_be_given(riverrun):
     refused(riverrun("train", "model.mixers.mamba.beyond.length=9"), "model.mixers.mamba.beyond='{")
-
-
-def test_no_token_is_not_ctrl_c(riverrun, model):
-    said = riverrun("generate", model, "-p", "a", "max_tokens=0")[2]
-    assert "ended by length" in said
-
-
-def test_ctrl_c_ends_the_text_and_saves_the_state(riverrun, model, tmp_path, monkeypatch):
-    file, step, steps = tmp_path / "run.state", Generation._draw, []
-
-    def interrupted(self, rows, running):
-        steps.append(1)
-        if len(steps) == 12:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, rows, running)
-
-    monkeypatch.setattr(Generation, "_draw", interrupted)
-    code, text, said = riverrun("generate", model, "-p", "a", "max_tokens=1000", "seed=3", "--state", file)
-    assert code == 130 and len(steps) == 12 and "Ctrl-C" in said
-    rest = riverrun("generate", model, "max_tokens=18", "--state", file)[1]
-    assert text[:-1] + rest == riverrun("generate", model, "-p", "a", "max_tokens=30", "seed=3")[1]
-
-
-def test_bad_settings_and_prompts_of_generate_are_refused(riverrun, model, tmp_path):
-    refused(riverrun("generate", model, "temprature=1"), "did you mean 'temperature'?")
-    refused(riverrun("generate", model, "top_p=high"), "'high' is not float")
-    refused(riverrun("generate", model, "top_p=2"), "top_p = 2")
-    refused(riverrun("generate", model, "-p", "<|user|>"), "<|user|>", "special=")
-    refused(riverrun("generate", model, "-p", "<|user|>", "special=read"), "unknown special token")
-    refused(riverrun("generate", model, "-f", tmp_path / "no.txt"), "no.txt")
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin1"))
-    refused(riverrun("generate", model, "-f", tmp_path / "latin.txt"), "not UTF-8", "iconv")
-    refused(riverrun("generate", model, "--state", tmp_path / "no.state"), "no state file", "--prompt")
-    for state in (tmp_path / "no" / "run.state", tmp_path):  # or the state would be lost
-        refused(riverrun("generate", model, "-p", "a", "--state", state), "folder that exists")
-
-
-def test_states_of_others_are_refused(riverrun, model, tmp_path):
-    file, other = tmp_path / "run.state", made(tmp_path / "other", seed=1)
-    riverrun("generate", model, "-p", "a", "-p", "b", "max_tokens=2", "--state", file)
-    refused(riverrun("generate", other, "--state", file), "another model")
-    refused(riverrun("generate", model, "-p", "a", "--state", file), "1 prompts", "2 sequences")
-    file.write_bytes(file.read_bytes()[:-9])
-    refused(riverrun("generate", model, "--state", file), "truncated or damaged")
-    states.save((torch.zeros(1),), file)
-    refused(riverrun("generate", model, "--state", file), "not written by generation")
-
-
-def test_damaged_models_are_refused(riverrun, model, tmp_path):
-    refused(riverrun("generate", tmp_path / "no"), "no model in")
-    path = tmp_path / "model" / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-5])
-    refused(riverrun("generate", model), "damaged")
-    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
-    refused(riverrun("generate", model), "damaged")
-    path.write_bytes(whole)
-    config = tmp_path / "model" / "config.json"
-    values = json.loads(config.read_text())
-    config.write_text(json.dumps({**values, "model": {**values["model"], "vocabulary": 300}}))
-    refused(riverrun("generate", model), "300", "257")
-    config.write_text(json.dumps({**values, "model": {**values["model"], "widht": 3}}))
-    refused(riverrun("generate", model), "unknown field 'widht'", "did you mean 'width'?")
-    config.write_text("{")
-    refused(riverrun("generate", model), "not readable JSON")
 
 
 def test_odd_files_in_eval(riverrun, model, tmp_path):
@@ -255,6 +117,10 @@ def test_odd_files_in_eval(riverrun, model, tmp_path):
     refused(riverrun("eval", model, empty), "empty")
     one.write_bytes(b"x")
     binary.write_bytes(bytes(range(256)))
+    bpe, latin = tmp_path / "bpe", tmp_path / "latin"
+    latin.write_bytes("café".encode("latin1"))
+    made(bpe, tokenizer=BPETokenizer.train(BOOK, 270))
+    refused(riverrun("eval", bpe, one, latin), f"{latin}: byte 3 (0xe9)", "iconv")
     code, out, _ = riverrun("eval", model, one, binary, "--json")
     assert code == 0 and [s["bytes"] for s in json.loads(out).values()] == [1, 256]
 
@@ -308,6 +174,10 @@ def test_a_device_that_is_not_there_is_refused(riverrun, model, tmp_path):
 def test_bench_times_what_is_named(riverrun):
     code, out, _ = riverrun("bench", "mingru", "--width", 16, "--length", 10)
     assert code == 0 and "mingru" in out and "mamba" not in out and "10 steps at width 16" in out
+    (line,) = [
+        x for x in riverrun("bench", "hydra", "--width", 16, "--length", 4)[1].splitlines() if "hydra" in x
+    ]
+    assert line.split("│")[-3].strip() == "-", "what sees both ways does not decode"
     refused(riverrun("bench", "mingruu"), "did you mean 'mingru'?")
 
 

@@ -164,11 +164,22 @@ def test_schedules():
         (["model.pattern=attention", "data.mode=stream", "model.mixers={}"], "sliding_window"),
         (["model.pattern=attention", "model.mixers={}", "evaluation.file={book}"], "give a context"),
         (["data.files="], "data.files is empty"),
+        (["data.separator="], r"data\.separator is empty"),
+        (["data.separator=\\n\\n"], r"'\\\\n\\\\n' stands in none of 1 files"),
+        (["evaluation.limit=0"], r"evaluation\.limit = 0 must be at least 1"),
+        (["evaluation.every=-1"], r"evaluation\.every = -1 must be at least 1"),
+        (["evaluation.context=0"], r"evaluation\.context = 0 must be at least 1"),
+        (["out="], "name one for the run"),
+        (["out={book}"], r"book\.txt is no folder"),
+        (["evaluation.file={latin}", "data.tokenizer=bpe", "data.size=260"], r"latin\.txt: byte 3 \(0xe9\)"),
+        (["data.files={latin}", "data.tokenizer=bpe", "data.size=260"], r"latin\.txt: byte 3 \(0xe9\)"),
         (["data.length=5000"], "fewer than the 5001 of one window"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, change, message):
-    change = [c.replace("{book}", str(tmp_path / "book.txt")) for c in change]
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin1") * 99)
+    for name in ("book", "latin"):
+        change = [c.replace(f"{{{name}}}", str(tmp_path / f"{name}.txt")) for c in change]
     with pytest.raises(ValueError, match=message):
         train(settings(tmp_path, *change), report=Silent())
     assert not (tmp_path / "run").exists()

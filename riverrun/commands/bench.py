@@ -28,14 +28,15 @@ def run(names: list[str], width: int, length: int, device: str) -> None:
     for name in names or [name for name in MIXERS if row(name).causal]:
         with notes.status(f"{name}: the first call of an op may compile it"):
             forward, both, decoded, size = measure(name, width, length, device)
-        table.add_row(name, f"{forward:.2f}", f"{both:.2f}", f"{decoded:,.0f}", f"{size:,}")
+        steps = f"{decoded:,.0f}" if row(name).causal else "-"
+        table.add_row(name, f"{forward:.2f}", f"{both:.2f}", steps, f"{size:,}")
     Console().print(table)
 
 
 def place(device: str) -> str:
     """The device in words, with threads where they count."""
     if device == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {(n := torch.get_num_threads())} thread{'s' if n > 1 else ''}"
     return torch.cuda.get_device_name(device)
 
 

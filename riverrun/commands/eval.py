@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from riverrun.models import folder as folders
-from riverrun.training.evaluate import Score, check, evaluate, readable
+from riverrun.training.evaluate import Score, check, evaluate, legible, readable
 
 
 def run(
@@ -21,6 +21,8 @@ def run(
         readable(file)
     model, tokenizer = folders.load(folder, device)
     check(model, context)
+    for file in files:
+        legible(file, tokenizer, limit)
     scores = {}
     columns = (
         TextColumn("{task.description}"),

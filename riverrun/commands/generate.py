@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from riverrun.inference.compiled import Compiled
 from riverrun.inference.decoding import Generation, Limits
 from riverrun.inference.sampling import Sampling
 from riverrun.models import folder as folders
+from riverrun.models.language import LanguageModel
 
 INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended: 128 + SIGINT
 
@@ -67,7 +69,7 @@ def run(
     drawn = sum(s.draws for s in generation.sequences) - before
     kept = ""
     if state is not None:
-        snapshot.save(state, generation.sequences, model)
+        keep(state, generation, model)
         kept = f", saved; `--state {state}` goes on from it"
     notes.print(f"[dim]{summary(generation, drawn, seconds, interrupted)}{kept}[/]", soft_wrap=True)
     return INTERRUPTED if interrupted else 0
@@ -79,6 +81,8 @@ def begun_from(chosen: Settings, state: Path | None, prompts: list[str]) -> Path
         raise FileNotFoundError(
             f"--state '{state}' names no file in a folder that exists: the state could not be kept there"
         )
+    if state is not None and not os.access(state.parent, os.W_OK):
+        raise PermissionError(f"--state '{state}': its folder may not be written to; name a file elsewhere")
     if chosen.start is not None and state is not None and state.is_file():
         raise ValueError(
             f"start={chosen.start} and --state {state} are both there to begin with; leave out start= to go "
@@ -94,6 +98,17 @@ def begun_from(chosen: Settings, state: Path | None, prompts: list[str]) -> Path
             f"samples={chosen.samples}; it must be at least 1, and 1 when a state is gone on with"
         )
     return source if found else None
+
+
+def keep(state: Path, generation: Generation, model: LanguageModel) -> None:
+    """Write the state. Raises OSError, which says how to come by it again, when it cannot be written."""
+    try:
+        snapshot.save(state, generation.sequences, model)
+    except OSError as error:
+        raise OSError(
+            f"{error.strerror or error}: no state was kept in '{state}', and what was there is as it was. "
+            "Make room, or name another file: the same command then writes the same text"
+        ) from error
 
 
 def tokenized(

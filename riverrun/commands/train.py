@@ -23,6 +23,8 @@ def run(recipe: str | None, settings: list[str], resume: Path | None) -> int:
     """Train, and say where everything lies."""
     if recipe is not None and "=" in recipe:  # no recipe was given: it is the first setting
         settings, recipe = [recipe, *settings], None
+    if recipe is None and (late := next((s for s in settings if "=" not in s), None)):
+        raise ValueError(f"'{late}' is not of the form key=value; a recipe stands before the settings")
     if resume is not None and recipe is not None:
         raise ValueError(
             f"recipe '{recipe}' and --resume {resume}: a resumed run has settings; give one of them"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokens import Tokenizer
+from .tokens import Tokenizer, characters
 
 PART = 1 << 16  # bytes read at a time
 
@@ -58,6 +58,8 @@ class Corpus:
                     raise ValueError(f"{path}: {error}") from error
                 pieces += [begin, *ids]
             nbytes += Path(path).stat().st_size
+        if not pieces:
+            raise ValueError(f"there is nothing but separators {separator!r} in {', '.join(map(str, files))}")
         return cls(np.concatenate(pieces), tokenizer.end, nbytes)
 
     @property
@@ -125,6 +127,14 @@ def documents(path: Path, separator: str | None) -> Iterator[Iterator[bytes]]:
     for document in path.read_bytes().split(separator.encode()):
         if document:
             yield iter([document])
+
+
+def text(path: Path, pieces: Iterator[bytes]) -> Iterator[str]:
+    """What a file holds, as characters. Raises ValueError, naming the file, where it is not UTF-8."""
+    try:
+        yield from characters(pieces)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parts(path: Path, limit: int | None = None) -> Iterator[bytes]:

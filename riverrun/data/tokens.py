@@ -34,6 +34,7 @@ class Tokenizer(ABC):
     """What the rest of the library knows of a tokenizer."""
 
     kind: str
+    text_only: bool  # reads UTF-8, not any bytes
     size: int  # ids are 0 .. size-1: the model's vocabulary
 
     @property
@@ -76,6 +77,11 @@ class Tokenizer(ABC):
 
     def prompt(self, text: str, special: Literal["refuse", "read", "text"] = "refuse") -> list[int]:
         """Ids of a prompt, in which "<|...|>" is refused, read as the token it names, or plain text."""
+        if strange := re.search("[\ud800-\udfff]", text):  # bytes that Python could not read as UTF-8
+            raise ValueError(
+                f"the prompt is not UTF-8 at character {strange.start()}; give it in UTF-8, as a terminal "
+                "does whose LANG ends in UTF-8, or in a file"
+            )
         found = SPECIAL.findall(text)
         if special == "refuse" and found:
             raise ValueError(
@@ -122,7 +128,7 @@ class TextStream:
 class ByteTokenizer(Tokenizer):
     """Every byte is its own id, 0..255, and 256 ends a text: takes any file, learns nothing beforehand."""
 
-    kind, size = "bytes", 257
+    kind, text_only, size = "bytes", False, 257
 
     def encode(self, text: Text) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
@@ -140,7 +146,7 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of UTF-8 text."""
 
-    kind = "bpe"
+    kind, text_only = "bpe", True
 
     def __init__(self, inner: tokenizers.Tokenizer):
         self.inner, self.size = inner, inner.get_vocab_size() + 1

@@ -35,7 +35,7 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 
 
 def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Write a model and its tokenizer ; what was there stays until all is written."""
+    """Write a model and its tokenizer; what was there stays until all is written."""
     with replacing(folder) as fresh:
         write(fresh, model, tokenizer)
 
@@ -48,7 +48,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Langua
         hint = f"; there is one in {inside[-1]}" if inside else ""
         raise FileNotFoundError(f"no model in '{folder}': it has no {CONFIG}{hint}")
     values = read_json(folder / CONFIG)
-    config = from_dict(LanguageConfig, values.get("model", {}), f"{folder / CONFIG}: model")
+    by = values.get("riverrun", __version__)
+    version = "" if by == __version__ else f" (of riverrun {by}, this is {__version__})"
+    config = from_dict(LanguageConfig, values.get("model", {}), f"{folder / CONFIG}{version}: model")
     weights = read_tensors(folder / WEIGHTS, values.get("sha256"))
     tokenizer = tokens.load(folder / TOKENIZER)
     fits(config, tokenizer)

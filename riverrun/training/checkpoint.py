@@ -80,8 +80,8 @@ def save(config: TrainConfig, training: Training, tokenizer: Tokenizer) -> Path:
 def restore(path: Path, training: Training) -> None:
     """Put everything that `save` wrote back. Raises ValueError for a damaged checkpoint or another
     model's."""
-    values = read_json(path / VALUES)
-    tensors = read_tensors(path / TENSORS, values.get("sha256"))
+    values = record(path)
+    tensors = read_tensors(path / TENSORS, values["sha256"])
     weights = read_tensors(path / "model.safetensors", read_json(path / "config.json").get("sha256"))
     training.model.load_state_dict(weights)
     groups: dict[str, dict[str, Tensor]] = {"optimizer": {}, "state": {}, "random": {}}
@@ -99,7 +99,17 @@ def restore(path: Path, training: Training) -> None:
 
 def settings(path: Path) -> TrainConfig:
     """The settings with which a checkpoint's run was started."""
-    return from_dict(TrainConfig, read_json(path / VALUES).get("config", {}), f"{path / VALUES}: config")
+    return from_dict(TrainConfig, record(path)["config"], f"{path / VALUES}: config")
+
+
+def record(path: Path) -> dict[str, Any]:
+    """What a checkpoint keeps as JSON. Raises ValueError when some of it is not there."""
+    values = read_json(path / VALUES) if (path / VALUES).is_file() else {}
+    if missing := {"progress", "config", "skeleton", "sha256"} - values.keys():
+        raise ValueError(
+            f"{path} is damaged: its {VALUES} lacks {sorted(missing)}; remove it to go on from an older one"
+        )
+    return values
 
 
 def found(out: str | Path) -> list[Path]:
@@ -110,7 +120,9 @@ def found(out: str | Path) -> list[Path]:
 def latest(out: str | Path) -> Path:
     """A run's newest checkpoint. Raises FileNotFoundError when there is none."""
     if not (paths := found(out)):
-        raise FileNotFoundError(f"no checkpoint in {Path(out) / FOLDER}: there is no run to go on with")
+        run = next((str(parent) for parent in Path(out).parents if found(parent)), None)
+        hint = f"give the run's folder, {run}" if run else "there is no run to go on with"
+        raise FileNotFoundError(f"no checkpoint in {Path(out) / FOLDER}: {hint}")
     return paths[-1]
 
 

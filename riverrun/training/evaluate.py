@@ -9,6 +9,7 @@ The first token is predicted from `end` alone; no token is predicted twice, none
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import log
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from riverrun.data.packing import parts
+from riverrun.data.packing import parts, text
 from riverrun.data.tokens import Tokenizer
 from riverrun.models.language import LanguageModel
 from riverrun.state import State
@@ -52,10 +53,10 @@ def evaluate(
 
     `context` drops the state after so many tokens; models whose state grows need it. `progress` is told the
     bytes done and the bits per byte so far. Raises FileNotFoundError, and ValueError for an empty file, for
-    one that the tokenizer cannot read and for a growing state without `context`.
+    one that the tokenizer cannot read and for a growing state without `context`, before anything is computed.
     """
     check(model, context)
-    path = readable(Path(path))
+    path = legible(readable(Path(path)), tokenizer, limit)
     lengths = np.array([len(tokenizer.bytes_of(i)) for i in range(tokenizer.size)])
     device, begun = model.output.device, time.perf_counter()
     state, last, total, count, nbytes, since = None, tokenizer.end, 0.0, 0, 0, 0
@@ -89,10 +90,18 @@ def check(model: LanguageModel, context: int | None) -> None:
 
 
 def readable(path: Path) -> Path:
+    """The same path. Raises FileNotFoundError and ValueError unless there is a file with something in it."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; bits per byte need at least one byte")
+    return path
+
+
+def legible(path: Path, tokenizer: Tokenizer, limit: int | None) -> Path:
+    """The same path. Raises ValueError if the part to be scored is not what this tokenizer reads."""
+    if tokenizer.text_only:
+        deque(text(path, whole(path, limit)), maxlen=0)
     return path
 
 

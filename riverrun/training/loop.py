@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,28 +63,41 @@ def train(config: TrainConfig, resume: bool = False, report: Report | None = Non
     """Train a model; see `TrainConfig`. Ctrl-C ends the run after a checkpoint.
 
     Raises ValueError and FileNotFoundError for settings that cannot work, before anything is computed.
-    Diverged, and OSError when a checkpoint cannot be written, name the last good checkpoint.
+    Diverged, and OSError when something cannot be written, name the last good checkpoint.
     """
     training, batches, tokenizer = prepare(config, resume)
     report = report or Report()
     log = Log(config.out, training.progress.step)
     run = Run(config, training, batches, tokenizer, report, log)
+    if run.used is not None and run.used >= 1:
+        more = f"riverrun train --resume {config.out} {'minutes' if config.steps is None else 'steps'}=..."
+        report.note(f"the budget is used up at step {training.progress.step}. Give a larger one: {more}")
     try:
         with report, interruptible() as interrupted:
             run.go(interrupted)
             score = None if interrupted() else run.evaluate()
     finally:
-        log.close()
-    if interrupted():
-        report.note(
+        with suppress(OSError):  # TensorBoard's last lines, on a full disk; log.jsonl has them
+            log.close()
+    return finish(run, score, interrupted())
+
+
+def finish(run: Run, score: Score | None, interrupted: bool) -> Result:
+    """Write the model that a run came to, and draw its curve."""
+    config, training = run.config, run.training
+    if interrupted:
+        run.report.note(
             f"stopped at step {training.progress.step}. Go on with: riverrun train --resume {config.out}"
         )
     model = Path(config.out) / "model"
-    folder.save(model, training.model, tokenizer)
+    with run.writing("model"):
+        folder.save(model, training.model, run.tokenizer)
+    with run.writing("loss curve"):
+        drawn = curve(config.out)
     progress = training.progress
     return Result(
-        model, run.saved, progress.step, progress.tokens, progress.seconds, run.watch.mean, score,
-        curve(config.out), interrupted(),
+        model, run.saved, progress.step, progress.tokens, progress.seconds, run.watch.mean, score, drawn,
+        interrupted,
     )  # fmt: skip
 
 
@@ -204,7 +217,8 @@ class Run:
             memory(self.device),
         )  # fmt: skip
         self.report.show(numbers)
-        self.log.write(**{k: v for k, v in asdict(numbers).items() if k != "used"})
+        with self.writing("line of the log"):
+            self.log.write(**{k: v for k, v in asdict(numbers).items() if k != "used"})
 
     def evaluate(self) -> Score | None:
         """Score the held-out file as the settings say."""
@@ -217,22 +231,30 @@ class Run:
             )
             self.scored = progress.step
             bits = self.score.bits_per_byte
-            self.log.write(progress.step, held_out=bits, tokens=progress.tokens)
+            with self.writing("line of the log"):
+                self.log.write(progress.step, held_out=bits, tokens=progress.tokens)
             self.report.note(f"step {progress.step} · {bits:.4f} bits/byte on {wanted.file}")
         return self.score
 
     def save(self) -> None:
         """Write a checkpoint of a run whose numbers are known to be good."""
         self.look()
-        try:
+        with self.writing("checkpoint"):
             self.saved = checkpoint.save(self.config, self.training, self.tokenizer)
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """An OSError inside says what was not written, which checkpoint is the last, and how to go on."""
+        try:
+            yield
         except OSError as error:
-            good = checkpoint.found(self.config.out)
-            last = f"the last good one is {good[-1]}" if good else "there is none yet"
+            good, out = checkpoint.found(self.config.out), self.config.out
+            last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+            how = f"go on with: riverrun train --resume {out}" if good else "begin again"
             raise OSError(
                 error.errno,
-                f"no checkpoint could be written at step {self.progress.step} ({error.strerror}); {last}. "
-                f"Make room, then go on with: riverrun train --resume {self.config.out}",
+                f"no {what} could be written at step {self.progress.step} ({error.strerror}); {last}. Make "
+                f"room, then {how}",
             ) from error
 
 

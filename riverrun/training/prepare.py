@@ -10,14 +10,14 @@ import torch
 
 from riverrun.config import to_dict
 from riverrun.data import tokens
-from riverrun.data.packing import Batches, Corpus, documents, find
-from riverrun.data.tokens import BPETokenizer, ByteTokenizer, Tokenizer, characters
+from riverrun.data.packing import Batches, Corpus, documents, find, text
+from riverrun.data.tokens import BPETokenizer, ByteTokenizer, Tokenizer
 from riverrun.models.device import available
 from riverrun.models.language import LanguageModel
 
 from . import checkpoint
 from .checkpoint import Progress, Training
-from .evaluate import check, readable
+from .evaluate import check, legible, readable
 from .optim import adamw
 from .settings import DataConfig, TrainConfig
 
@@ -36,12 +36,19 @@ def prepare(config: TrainConfig, resume: bool) -> tuple[Training, Batches, Token
             f"{config.out} already holds a run, at {found[-1].name}: go on with it (riverrun train --resume "
             f"{config.out}), or give another folder (out=...)"
         )
-    if config.evaluation.file is not None:
-        readable(Path(config.evaluation.file))
+    held_out = config.evaluation.file and readable(Path(config.evaluation.file))
     files = find(config.data.files)
     if not files:
         raise ValueError("data.files is empty; name the text to learn from: data.files=book.txt")
+    separator = config.data.separator
+    if separator and not any(separator.encode() in file.read_bytes() for file in files):
+        raise ValueError(
+            f"data.separator={separator!r} stands in none of {len(files)} files; give what divides documents "
+            "there (in a shell, $'\\n\\n' is an empty line), or leave it out: each file is a document"
+        )
     tokenizer = tokens.load(path / "tokenizer.json") if path else make_tokenizer(config.data, files)
+    if held_out:
+        legible(held_out, tokenizer, config.evaluation.limit)
     corpus = Corpus.read(files, tokenizer, config.data.separator)
     batches = Batches(corpus, config.data.mode, config.data.batch, config.data.length, config.seed)
     training = begin(config, tokenizer)
@@ -83,17 +90,25 @@ def make_tokenizer(data: DataConfig, files: list[Path]) -> Tokenizer:
         piece
         for path in files
         for document in documents(path, data.separator)
-        for piece in characters(document)
+        for piece in text(path, document)
     )
     return BPETokenizer.train(pieces, data.size)
 
 
 def unchanged(config: TrainConfig, before: TrainConfig, path: Path) -> None:
-    """Raise ValueError unless a resumed run keeps what it cannot change."""
-    now, then = to_dict(config), to_dict(before)
-    for name in SAME:
-        if now[name] != then[name]:
+    """Raise ValueError unless a resumed run keeps what it cannot change. Its text may lie elsewhere."""
+    now, then = flat(config), flat(before)
+    for name, was in then.items():
+        if name.partition(".")[0] in SAME and name != "data.files" and now[name] != was:
             raise ValueError(
-                f"{path} was trained with {name} = {then[name]}, now it is {now[name]}: a resumed run keeps "
-                "it. Settings of the optimizer, the schedule and the budget may change"
+                f"{path} was trained with {name} = {was}, now it is {now[name]}: a resumed run keeps it. "
+                "Settings of the optimizer, the schedule and the budget may change"
             )
+
+
+def flat(config: TrainConfig) -> dict[str, object]:
+    """Every setting by its key."""
+    values = to_dict(config)
+    groups = {name: value for name, value in values.items() if isinstance(value, dict)}
+    inside = {f"{name}.{key}": x for name, group in groups.items() for key, x in group.items()}
+    return inside | {name: value for name, value in values.items() if name not in groups}

@@ -4,6 +4,7 @@ key=value."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from riverrun.models.language import LanguageConfig
@@ -24,6 +25,10 @@ class DataConfig:
     batch: int = 16  # sequences a step
     length: int = 512  # tokens of each a step
 
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise ValueError("data.separator is empty; give the text that stands between documents, or none")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -33,6 +38,11 @@ class EvaluationConfig:
     every: int | None = None  # steps; None: at the end only
     limit: int | None = None  # bytes of the file; None: all of it
     context: int | None = None  # tokens after which the state is dropped; a state that grows needs it
+
+    def __post_init__(self) -> None:
+        for name in ("every", "limit", "context"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"evaluation.{name} = {value} must be at least 1, or none")
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class TrainConfig:
     diverged: float | None = 1.0  # nats by which the loss may rise over its lowest before the run stops
 
     def __post_init__(self) -> None:
+        if not self.out or Path(self.out).is_file():
+            raise ValueError(f"out={self.out} is no folder; name one for the run, such as out=runs/book")
         for name in ("accumulate", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")

@@ -14,10 +14,12 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 
+from riverrun.algorithms import shift
+from riverrun.kernels.gpu import conv
 from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.mixers.rwkv7 import RWKV7
 from riverrun.models.rwkv7 import ChannelMix
-from riverrun.nn import GatedMLP, HeadNorm, remade, removal, shifted
+from riverrun.nn import GatedMLP, GatedRMSNorm, HeadNorm, remade, removal, scaled, shifted
 from riverrun.state import leaves
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -118,6 +120,43 @@ def test_head_norm(bias, gated, bonus, dtype, bound):
         return layer(x, gate, tuple(rest) if bonus else None)
 
     agree(run, [x for x, there in zip(inputs, used, strict=True) if there], dtype, bound)
+
+
+@dtypes
+@pytest.mark.parametrize("before", [True, False])
+def test_gated_norm_with_a_skip(before, dtype, bound):
+    H, P = (3, 4) if DEVICE == "cpu" else (24, 64)
+    inputs = [numbers(B, T, H * P), numbers(B, T, H * P, seed=1), numbers(H * P), numbers(H)]
+    inputs += [numbers(B, T, H * P + 5)]
+
+    def run(x, z, w, d, wider):
+        layer = GatedRMSNorm(H * P, 2 * P if H == 24 else P, before=before)
+        del layer.weight
+        layer.weight = w
+        return layer(x, z, (d, wider[..., 5:].unflatten(-1, (H, P))))
+
+    agree(run, inputs, dtype, bound)
+
+
+@dtypes
+def test_scaled(dtype, bound):
+    """On a part of a wider tensor; the numbers stay float32, so their gradients do."""
+    H, P = (3, 6) if DEVICE == "cpu" else (24, 64)
+    run = lambda wider, s: scaled(wider[..., 2 : 2 + H * P].unflatten(-1, (H, P)), s)  # noqa: E731
+    agree(run, (numbers(B, T, H * P + 4), numbers(B, T, H)), dtype, bound)
+
+
+@dtypes
+@pytest.mark.parametrize("silu", [True, False])
+def test_short_convolution_of_a_part(silu, dtype, bound):
+    """Of a wider projection, as mixers have it, without a copy of it."""
+    D, W = (5, 4) if DEVICE == "cpu" else (300, 4)
+    gpu, cpu = (conv.short_conv_silu, shift.short_conv_silu) if silu else (conv.short_conv, shift.short_conv)
+
+    def run(wider, w, c, state):
+        return (cpu if wider.dtype == torch.float64 else gpu)(wider[..., 3 : 3 + D], w, c, state)
+
+    agree(run, (numbers(B, T, D + 8), numbers(D, W), numbers(D), numbers(B, W - 1, D)), dtype, bound)
 
 
 @dtypes

@@ -24,6 +24,7 @@ from riverrun.nn import (
     head_width,
     heads,
     previous,
+    scaled,
     whole,
     wide,
 )
@@ -65,7 +66,7 @@ class Hydra(nn.Module):
         values = heads(u, self.num_heads)
         dt = F.softplus(wide(both_ways(*dt.chunk(2, -1))) + wide(self.dt_bias))
         g, resets = -wide(self.log_rate).exp() * dt, both_resets(reset)
-        v = (dt[..., None] * both_ways(values)).to(u.dtype)
+        v = scaled(both_ways(values), dt)
         y, _ = ops.outer(both_ways(C, C_back), both_ways(B, B_back), v, g, reset=resets)
         forward, backward = apart(previous(y.flatten(2), None, resets))
         y = forward + backward + (self.skip(u)[..., None] * values).flatten(2)

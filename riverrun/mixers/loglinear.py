@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, fitting, head_width, heads, positions, wide
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, fitting, head_width, heads, positions, scaled, wide
 from riverrun.nn.fenwick import fenwick
 from riverrun.nn.init import log_rate, step_size_bias
 
@@ -73,6 +73,6 @@ class LogLinear(nn.Module):
         dt = F.softplus(wide(dt) + wide(self.dt_bias))
         g = -wide(self.log_rate).exp() * dt
         weight = F.softplus(wide(self.levels) * wide(heads(level, self.num_heads)))
-        y, S = fenwick(C, B, (dt[..., None] * u).to(u.dtype), g, weight, position, S)
+        y, S = fenwick(C, B, scaled(u, dt), g, weight, position, S)
         y = y.to(u.dtype) + self.skip[:, None] * u
         return self.out(self.norm(y.flatten(2), z)), (S, past, start)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, wide
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, scaled, wide
 from riverrun.nn.beyond import switches
 from riverrun.nn.init import log_rate, step_size_bias
 
@@ -68,8 +68,7 @@ class Mamba2(nn.Module):
         dt = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(*self.step_limits)
         rate = wide(self.log_rate).exp()
         if self.beyond is None:
-            y, S = ops.outer(C, B, (dt[..., None] * u).to(u.dtype), -rate * dt, state=S, reset=reset)
+            y, S = ops.outer(C, B, scaled(u, dt), -rate * dt, state=S, reset=reset)
         else:
             y, S = self.beyond.outer(C, B, u, dt, rate, S, reset)
-        y = torch.addcmul(y, self.skip[:, None], u)
-        return self.out(self.norm(y.flatten(2), z)), (S, past)
+        return self.out(self.norm(y.flatten(2), z, (self.skip, u))), (S, past)

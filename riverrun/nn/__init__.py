@@ -11,6 +11,7 @@ from .norm import GatedRMSNorm, HeadNorm, RMSNorm, unit
 from .removal import removal
 from .rotary import positions, rotate
 from .selective import SelectiveScan
+from .scaled import scaled
 from .shape import heads, wide
 from .shift import shifted
 
@@ -38,6 +39,7 @@ __all__ = [
     "previous",
     "removal",
     "rotate",
+    "scaled",
     "shifted",
     "unit",
     "whole",

@@ -42,7 +42,8 @@ class GatedRMSNorm(nn.Module):
     """RMS norm of each `group` of channels with a gate: w ⊙ norm(x) ⊙ silu(z), or w ⊙ norm(x ⊙ silu(z)).
 
     x, z: (..., width). `weight` is (width), or (group) shared by all groups when `shared`. `before` gates
-    before the norm, as Mamba-2 does; Gated DeltaNet gates after it. On a GPU one kernel does it all.
+    before the norm, as Mamba-2 does; Gated DeltaNet gates after it. With a `skip` (d, u), d (H) and u
+    (..., H, P), x + d u stands for x. On a GPU one kernel does it all.
     """
 
     def __init__(
@@ -57,9 +58,12 @@ class GatedRMSNorm(nn.Module):
         self.group, self.eps, self.before = group or width, eps, before
         self.weight = nn.Parameter(torch.ones(self.group if shared else width))
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, skip: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if gpu is not None and gpu.norm.refuses(x, z, self.group) is None:
-            return gpu.norm.gated_rms_norm(x, z, self.weight, self.group, self.eps, self.before)
+            return gpu.norm.gated_rms_norm(x, z, self.weight, self.group, self.eps, self.before, skip)
+        if skip is not None:
+            d, u = skip
+            x = torch.addcmul(x.view(u.shape), d[:, None], u).flatten(-2)
         dtype, x, z, w = x.dtype, wide(x), wide(z), wide(self.weight)
         if in_one_pass(x):
             return cpu.rms_norm(x, z, w, self.group, self.eps, self.before).to(dtype)

@@ -13,6 +13,7 @@ from . import headnorm as headnorm  # no ops, but what layers and losses run
 from . import loss as loss
 from . import norm as norm
 from . import removal as removal
+from . import scaled as scaled
 from . import shift as shift
 from . import swiglu as swiglu
 
@@ -25,6 +26,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "selective": selective.selective,
     "softmax": softmax.softmax,
     "short_conv": conv.short_conv,
+    "short_conv_silu": conv.short_conv_silu,
     "elman": cells.elman,
     "lstm": cells.lstm,
     "gru": cells.gru,
@@ -42,6 +44,6 @@ def refuses(name: str, args: tuple[Tensor | None, ...]) -> str | None:
         return cells.refuses(args[0], args[1])
     if name == "softmax":
         return softmax.refuses(args[1])
-    if name == "short_conv":
+    if name in ("short_conv", "short_conv_silu"):
         return conv.refuses(args[1])
     return None

@@ -1,13 +1,13 @@
 """RMS norm of groups of channels with a gate, forward and backward in one pass each over x and z, and `unit`.
 
     y = w ⊙ norm(x) ⊙ silu(z)        or, gated `before`,        y = w ⊙ norm(x ⊙ silu(z))
-    norm(u) = u r        r = 1 / sqrt(mean(u²) + eps)        du = r (dn - n mean(dn ⊙ n))    with n = u r
+    norm(g) = g r        r = 1 / sqrt(mean(g²) + eps)        dg = r (dn - n mean(dn ⊙ n))    with n = g r
 
     unit    y = x r    r = 1 / sqrt(Σ x² + eps)        dx = r (dy - y Σ dy ⊙ y)
 
 x, z, y: (rows, groups, group)    w: (groups, group)    Sums in float32; dw is summed over rows in a fixed
-order. What `riverrun.nn.norm.GatedRMSNorm` computes; eager PyTorch reads and writes x some eight times for
-it.
+order. With a skip (d, u), d: (groups, group), x + d ⊙ u stands for x. What `riverrun.nn.norm.GatedRMSNorm`
+computes; eager PyTorch reads and writes x some eight times for it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,18 @@ def _inner(x, z, N, eps, BEFORE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, z, w, y, R, N, XS, ZS, eps,
+    x, z, w, d, u, y, R, N, XS, ZS, US, eps,
     M: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of ROWS rows, M groups). XS, ZS: from one row of x, z to the next."""
+    """Grid (blocks of ROWS rows, M groups). XS, ZS, US: from one row of x, z, u to the next."""
     row, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, C)
     group = tl.program_id(1)
     channel, inside = group * N + c[None, :], (row < R)[:, None] & (c < N)[None, :]
     x_ = tl.load(x + row[:, None] * XS + channel, mask=inside, other=0.0).to(tl.float32)
     z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
+    if d is not None:
+        d_ = tl.load(d + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
+        x_ += d_ * tl.load(u + row[:, None] * US + channel, mask=inside, other=0.0).to(tl.float32)
     n, _, gate, _ = _inner(x_, z_, N, eps, BEFORE)
     n *= tl.load(w + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
     at = row[:, None] * (M * N) + channel
@@ -52,13 +55,15 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, z, w, dy, dx, dz, dw, R, N, XS, ZS, eps, LENGTH,
+    x, z, w, d, u, dy, dx, dz, dw, dd, du, R, N, XS, ZS, US, eps, LENGTH,
     M: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (stretches of LENGTH rows, M groups). dw has a row for each stretch."""
+    """Grid (stretches of LENGTH rows, M groups). dw and dd have a row for each stretch."""
     part, group, c = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
     w_ = tl.load(w + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros([ROWS, C], tl.float32)
+    total, total_d = tl.zeros([ROWS, C], tl.float32), tl.zeros([ROWS, C], tl.float32)
+    if d is not None:
+        d_ = tl.load(d + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
     for r0 in range(part * LENGTH, tl.minimum(R, (part + 1) * LENGTH), ROWS):
         row, channel = (r0 + tl.arange(0, ROWS)).to(tl.int64), group * N + c[None, :]
         at = row[:, None] * (M * N) + channel
@@ -66,18 +71,26 @@ def _backward(
         x_ = tl.load(x + row[:, None] * XS + channel, mask=inside, other=0.0).to(tl.float32)
         z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
         dy_ = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        if d is not None:
+            u_ = tl.load(u + row[:, None] * US + channel, mask=inside, other=0.0).to(tl.float32)
+            x_ += d_ * u_
         n, r, gate, slope = _inner(x_, z_, N, eps, BEFORE)
         gated = dy_ if BEFORE else dy_ * gate
         total += gated * n
         dn = gated * w_
-        du = r * (dn - n * (tl.sum(dn * n, 1) / N)[:, None])
+        dg = r * (dn - n * (tl.sum(dn * n, 1) / N)[:, None])
         if BEFORE:
-            dx_, dz_ = du * gate, du * x_ * slope
+            dx_, dz_ = dg * gate, dg * x_ * slope
         else:
-            dx_, dz_ = du, dy_ * w_ * n * slope
+            dx_, dz_ = dg, dy_ * w_ * n * slope
+        if d is not None:
+            total_d += dx_ * u_
+            tl.store(du + at, (dx_ * d_).to(du.dtype.element_ty), mask=inside)
         tl.store(dx + at, dx_.to(dx.dtype.element_ty), mask=inside)
         tl.store(dz + at, dz_.to(dz.dtype.element_ty), mask=inside)
     tl.store(dw + (part * M + group) * N + c, tl.sum(total, 0), mask=c < N)
+    if d is not None:
+        tl.store(dd + (part * M + group) * N + c, tl.sum(total_d, 0), mask=c < N)
 
 
 def _tile(x: Tensor, before: bool) -> dict:
@@ -103,56 +116,72 @@ def _rows(x: Tensor, groups: int, group: int) -> Tensor:
 
 
 @torch.library.custom_op("riverrun::gated_norm_gpu", mutates_args=(), device_types=DEVICE)
-def _norm(x: Tensor, z: Tensor, w: Tensor, eps: float, before: bool) -> Tensor:
+def _norm(
+    x: Tensor, z: Tensor, w: Tensor, d: Tensor | None, u: Tensor | None, eps: float, before: bool
+) -> Tensor:
     y, tile = _like(x), _tile(x, before)
     grid = (triton.cdiv(x.shape[0], tile["ROWS"]), x.shape[1])
-    _forward[grid](x, z, w, y, x.shape[0], x.shape[2], x.stride(0), z.stride(0), eps, **tile)
+    strides = x.stride(0), z.stride(0), 0 if u is None else u.stride(0)
+    _forward[grid](x, z, w, d, u, y, x.shape[0], x.shape[2], *strides, eps, **tile)
     return y
 
 
 @torch.library.custom_op("riverrun::gated_norm_gpu_backward", mutates_args=(), device_types=DEVICE)
 def _norm_backward(
-    x: Tensor, z: Tensor, w: Tensor, dy: Tensor, eps: float, before: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, z: Tensor, w: Tensor, d: Tensor | None, u: Tensor | None, dy: Tensor, eps: float, before: bool
+) -> list[Tensor]:
+    """Gradients of x, z, w, and with a skip those of d and u."""
     (R, M, N), tile = x.shape, _tile(x, before)
     parts = min(triton.cdiv(R, tile["ROWS"]), max(1, 512 // M))
     length = triton.cdiv(triton.cdiv(R, parts), tile["ROWS"]) * tile["ROWS"]
     parts = triton.cdiv(R, length)
-    dx, dz, dw = _like(x), _like(z), x.new_empty(parts, M, N, dtype=torch.float32)
-    _backward[(parts, M)](x, z, w, dy, dx, dz, dw, R, N, x.stride(0), z.stride(0), eps, length, **tile)
-    return dx, dz, dw.sum(0).to(w.dtype)
+    dx, dz, du = _like(x), _like(z), None if u is None else _like(u)
+    dw, dd = (None if t is None else x.new_empty(parts, M, N, dtype=torch.float32) for t in (w, d))
+    strides = x.stride(0), z.stride(0), 0 if u is None else u.stride(0)
+    _backward[(parts, M)](x, z, w, d, u, dy, dx, dz, dw, dd, du, R, N, *strides, eps, length, **tile)
+    skip = [] if d is None else [dd.sum(0).to(d.dtype), du]
+    return [dx, dz, dw.sum(0).to(w.dtype), *skip]
 
 
 @_norm.register_fake
-def _(x, z, w, eps, before):
+def _(x, z, w, d, u, eps, before):
     return _like(x)
 
 
 @_norm_backward.register_fake
-def _(x, z, w, dy, eps, before):
-    return _like(x), _like(z), torch.empty_like(w)
+def _(x, z, w, d, u, dy, eps, before):
+    return [_like(t) for t in (x, z, w, d, u) if t is not None]
 
 
 def _setup(ctx, inputs, output):
-    x, z, w, ctx.eps, ctx.before = inputs
-    ctx.save_for_backward(x, z, w)
+    *tensors, ctx.eps, ctx.before = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, dy):
-    return *_norm_backward(*ctx.saved_tensors, dy.contiguous(), ctx.eps, ctx.before), None, None
+    found = _norm_backward(*ctx.saved_tensors, dy.contiguous(), ctx.eps, ctx.before)
+    return *found, *[None] * (7 - len(found))
 
 
 _norm.register_autograd(_gradients, setup_context=_setup)
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor, weight: Tensor, group: int, eps: float = 1e-6, before: bool = False
-) -> Tensor:
-    """x, z: (..., width); weight: (width), or (group) shared by all groups; y has x's shape and dtype."""
+    x: Tensor, z: Tensor, weight: Tensor, group: int, eps: float = 1e-6, before: bool = False,
+    skip: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """x, z: (..., width); weight: (width), or (group) shared by all groups; y has x's shape and dtype.
+
+    `skip`: (d, u), d (H) and u (..., H, P) with H P = width; x + d ⊙ u stands for x.
+    """
     if why := refuses(x, z, group):
         raise ValueError(f"gated_rms_norm: {why}")
     w = weight.view(-1, group).expand(x.shape[-1] // group, group).contiguous()
-    return _norm(_rows(x, *w.shape), _rows(z, *w.shape), w, eps, before).view(x.shape)
+    d, u = skip or (None, None)
+    if d is not None:
+        d = d[:, None].expand(u.shape[-2:]).contiguous().view(w.shape)
+        u = _rows(u.flatten(-2), *w.shape)
+    return _norm(_rows(x, *w.shape), _rows(z, *w.shape), w, d, u, eps, before).view(x.shape)
 
 
 @triton.jit

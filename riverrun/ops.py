@@ -42,6 +42,7 @@ from riverrun.recurrences.mlstm import mlstm as _mlstm
 from riverrun.recurrences.outer import outer as _outer
 from riverrun.recurrences.selective import selective as _selective
 from riverrun.recurrences.short_conv import short_conv as _short_conv
+from riverrun.recurrences.short_conv import short_conv_silu as _short_conv_silu
 from riverrun.recurrences.softmax import softmax as _softmax
 from riverrun.signature import REMEMBERED, Args, Signature
 from riverrun.state import State, leaves, tree_map
@@ -213,6 +214,7 @@ delta = _op(_delta, chunk=chunk.delta)
 dplr = _op(_dplr, chunk=chunk.dplr)
 softmax = _op(_softmax, scan=scan.softmax)
 short_conv = _op(_short_conv, shift=shift.short_conv)
+short_conv_silu = _op(_short_conv_silu, shift=shift.short_conv_silu)
 
 
 @cache
@@ -228,6 +230,6 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         diagonal, selective, outer, mlstm, delta, dplr, fastweight, softmax, short_conv,
-        elman, lstm, gru, slstm,
+        short_conv_silu, elman, lstm, gru, slstm,
     )
 }  # fmt: skip

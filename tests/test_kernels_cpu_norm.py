@@ -1,4 +1,4 @@
-"""The compiled norms against PyTorch's operators, in float64, and when a layer runs them."""
+"""Compiled norms and scaled heads against PyTorch's operators, in float64, and when a layer runs them."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from riverrun import ops
 from riverrun.kernels.cpu.norm import rms_norm
+from riverrun.kernels.cpu.scaled import scaled
 from riverrun.nn import norm
 from riverrun.nn.norm import GatedRMSNorm, RMSNorm
 from riverrun.testing.tolerance import close, close_all
@@ -35,6 +36,38 @@ def test_against_operators(place, group, shared, steps):
     theirs = by_operators(x, z, w, group, place == "before")
     close(ours, theirs, place)
     close_all(torch.autograd.grad(ours, wanted, slope), torch.autograd.grad(theirs, wanted, slope), place)
+
+
+@pytest.mark.parametrize("place", ["plain", "after", "before"])
+def test_a_skip_is_added_first(place):
+    random = torch.Generator().manual_seed(0)
+    x, z, slope = (torch.randn(2, 19, WIDTH, dtype=torch.float64, generator=random) for _ in range(3))
+    d, w = (torch.randn(n, dtype=torch.float64, generator=random).requires_grad_() for n in (3, WIDTH))
+    wider = torch.randn(2, 19, WIDTH + 5, dtype=torch.float64, generator=random).requires_grad_()
+    x, z = x.requires_grad_(), None if place == "plain" else z.requires_grad_()
+    u = wider[..., 5:].unflatten(-1, (3, -1))
+    ours = rms_norm(x, z, w, 8, EPS, place == "before", (d, u))
+    theirs = by_operators(x + (d[:, None] * u).flatten(-2), z, w, 8, place == "before")
+    close(ours, theirs, place)
+    wanted = [t for t in (x, z, w, d, wider) if t is not None]
+    close_all(torch.autograd.grad(ours, wanted, slope), torch.autograd.grad(theirs, wanted, slope), place)
+
+
+def test_one_row_without_further_axes():
+    x, w = torch.randn(WIDTH, dtype=torch.float64), torch.ones(WIDTH, dtype=torch.float64)
+    close(rms_norm(x, None, w, WIDTH, EPS), by_operators(x, None, w, WIDTH, False), "one row")
+
+
+@pytest.mark.parametrize("steps", [1, 33])
+def test_scaled_heads(steps):
+    random = torch.Generator().manual_seed(0)
+    wider = torch.randn(2, steps, 5 * WIDTH, dtype=torch.float64, generator=random).requires_grad_()
+    s = torch.randn(2, 3, steps, dtype=torch.float64, generator=random).requires_grad_()
+    slope = torch.randn(2, 3, steps, WIDTH, dtype=torch.float64, generator=random).transpose(1, 2)
+    x, across = wider[..., WIDTH:-WIDTH].unflatten(-1, (3, -1)), s.transpose(1, 2)
+    ours, theirs = scaled(x, across), across[..., None] * x
+    close(ours, theirs, "product")
+    close_all(*(torch.autograd.grad(y, [wider, s], slope) for y in (ours, theirs)), "gradients")
 
 
 def large(dtype=torch.float32):

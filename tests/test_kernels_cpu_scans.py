@@ -12,12 +12,12 @@ import torch
 
 from riverrun import ops
 from riverrun.kernels.cpu import elementary
-from riverrun.kernels.cpu.blocks import add_parts, block_size
+from riverrun.kernels.cpu.blocks import add_parts, block_size, rows
 from riverrun.state import leaves, tree_map
 from riverrun.testing.inputs import FORMS, Size, make
 from riverrun.testing.tolerance import close, close_states
 
-SCANS = ("diagonal", "selective", "softmax", "short_conv")
+SCANS = ("diagonal", "selective", "softmax", "short_conv", "short_conv_silu")
 CASES = [(op, form) for op in SCANS for form in FORMS[op]]
 # 37 steps are past two saved states of the selective kernel; 150 and 200 channels need a last block that is
 # not full
@@ -99,10 +99,38 @@ def test_blocks_of_channels_add_up(op, form):
     agree(make(op, form, Size(B=3, T=5, D=200, V=200, H=3, N=1, W=1)))
 
 
+@pytest.mark.parametrize("op", ["short_conv", "short_conv_silu"])
 @pytest.mark.parametrize("reset", [False, True])
-def test_four_taps_in_registers(reset):
+def test_four_taps_in_registers(op, reset):
     """Channels that fill vectors, over stretches that a reset cuts and others that none does."""
-    agree(make("short_conv", "bias", Size(T=150, D=48, W=4), state=True, reset=reset))
+    agree(make(op, "bias", Size(T=150, D=48, W=4), state=True, reset=reset))
+
+
+@pytest.mark.parametrize("op", ["short_conv", "short_conv_silu"])
+def test_an_input_that_is_a_part_of_another(op):
+    """Columns of wider rows are read where they stand, at the end of memory too; sequences with gaps between
+    them and columns that are not neighbours are copied."""
+    case = make(op, "bias", Size(B=2, T=40, D=48, W=4))
+    shapes = (2, 40, 80), (2, 43, 48), (48, 40, 2)
+    wide, long, turned = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    for x in (wide[..., :48], wide[..., 20:68], wide[..., 32:], long[:, :40], turned.permute(2, 1, 0)):
+        agree(replace(case, args=(x, *case.args[1:])))
+
+
+def test_parts_of_rows_are_not_copied():
+    whole = torch.arange(2 * 5 * 12.0).view(2, 5, 12)
+    for x, copied in (
+        (whole, False),
+        (whole[..., 3:7], False),
+        (whole[1:, :, 8:], False),
+        (whole[:, :4, :3], True),
+        (whole.mT, True),
+        (whole[:, :1].expand(2, 5, 12), True),
+        (whole.view(-1)[5:-7].view(2, 3, 18)[..., 14:], True),  # its rows begin where those of memory do not
+    ):
+        found, at = rows(x)
+        assert torch.equal(found[:, at : at + x.shape[-1]], x.flatten(0, 1))
+        assert (found.data_ptr() + 4 * at != x.data_ptr()) == copied
 
 
 @pytest.mark.parametrize("op, form", CASES)

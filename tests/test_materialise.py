@@ -10,7 +10,14 @@ from riverrun.nn import pooled
 from riverrun.ops import Op
 from riverrun.testing.inputs import FORMS, Size, make
 from riverrun.testing.laws import instance, resets
-from riverrun.testing.materialise import LINEAR, inner_matrices, materialise, off_diagonal_ranks, op_matrix
+from riverrun.testing.materialise import (
+    AFTER,
+    LINEAR,
+    inner_matrices,
+    materialise,
+    off_diagonal_ranks,
+    op_matrix,
+)
 from riverrun.testing.tolerance import close
 
 SIZE = Size(T=13, H=4, G=2, K=3, V=2, D=3, N=2, W=4)
@@ -75,12 +82,15 @@ def test_the_matrices_inside_a_mixer_are_its_ops(name, monkeypatch):
     run = Op.__call__
 
     def watched(op, *args, state=None, reset=None, impl=None, **named):
-        y, end = run(op, *args, state=state, reset=reset, impl=impl, **named)
+        y, _ = out = run(op, *args, state=state, reset=reset, impl=impl, **named)
+        if op.name in AFTER:
+            op = AFTER[op.name]
+            y, _ = run(op, *args, state=state, reset=reset, impl=impl, **named)
         if op.name in LINEAR:
             given = dict(zip(op.signature.names, op.signature.bind(args, named), strict=True))
             bias = 0 if given.get("c") is None else given["c"]
             outputs.append((state, given[LINEAR[op.name]], y - bias))
-        return y, end
+        return out
 
     monkeypatch.setattr(Op, "__call__", watched)
     with torch.no_grad():

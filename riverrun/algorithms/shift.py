@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from riverrun.recurrences import short_conv as _short_conv
@@ -16,7 +17,7 @@ def short_conv(
     past = torch.cat([_short_conv.initial(x, w, c) if state is None else state, x], 1)
     segment = None
     if reset is not None:  # number of resets so far; the incoming inputs stand before all of them
-        segment = torch.nn.functional.pad(reset.long().cumsum(1), (W - 1, 0))[..., None]
+        segment = F.pad(reset.long().cumsum(1), (W - 1, 0))[..., None]
     y = torch.zeros_like(x)
     for j in range(W):
         tap = past[:, j : j + T]
@@ -27,3 +28,10 @@ def short_conv(
     if segment is not None:
         tail = tail * (segment[:, T:] == segment[:, -1:])
     return y if c is None else y + c, tail
+
+
+def short_conv_silu(
+    x: Tensor, w: Tensor, c: Tensor | None, state: Tensor | None = None, reset: Tensor | None = None
+):
+    y, tail = short_conv(x, w, c, state, reset)
+    return F.silu(y), tail

@@ -33,8 +33,8 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        y, state = ops.short_conv(x, self.weight, self.bias, state=state, reset=reset)
-        return F.silu(y) if self.activation else y, state
+        op = ops.short_conv_silu if self.activation else ops.short_conv
+        return op(x, self.weight, self.bias, state=state, reset=reset)
 
 
 class LocalConv(nn.Module):

@@ -191,6 +191,7 @@ MAKERS: dict[str, tuple[tuple[str, ...], Callable[[str, Size, Draw], Args]]] = {
     "fastweight": (("none", "decay"), _fastweight),
     "softmax": (("head",), _softmax),
     "short_conv": (("bias", "no bias"), _short_conv),
+    "short_conv_silu": (("bias", "no bias"), _short_conv),
     "elman": (("bias", "no bias"), _cell(1)),
     "lstm": (("bias", "no bias"), _cell(4)),
     "gru": (("bias", "no bias"), _cell(3)),

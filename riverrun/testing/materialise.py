@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from riverrun import ops
 from riverrun.ops import Op
 from riverrun.recurrences.fold import fold
 
@@ -27,6 +28,8 @@ LINEAR = {
     "outer": "v", "delta": "v", "dplr": "v", "mlstm": "v", "softmax": "v",
     "selective": "x", "short_conv": "x", "diagonal": "b",
 }  # fmt: skip
+# ops that are a function, number by number, of what such an op gives
+AFTER = {"short_conv_silu": ops.short_conv}
 
 
 def materialise(mixer: nn.Module, x: Tensor, reset: Tensor | None = None) -> Tensor:
@@ -70,14 +73,16 @@ def op_matrix(op: Op, *args: Any, reset: Tensor | None = None, **named: Any) -> 
 def inner_matrices(mixer: nn.Module, x: Tensor, reset: Tensor | None = None) -> list[tuple[str, Tensor]]:
     """(op's name, its matrix) for every op linear in its values that the mixer runs on x, in order of calls.
 
-    Their gates, keys and queries are those of this x. Raises ValueError for a mixer that runs none.
+    A convolution with SiLU counts as the convolution. Gates, keys and queries are those of this x. Raises
+    ValueError for a mixer that runs none.
     """
     found: list[tuple[str, Tensor]] = []
     run = Op.__call__
 
     def watched(op: Op, *args: Any, state=None, reset=None, impl=None, **named: Any):
-        if op.name in LINEAR:
-            found.append((op.name, op_matrix(op, *args, reset=reset, **named)))
+        linear = AFTER.get(op.name, op)
+        if linear.name in LINEAR:
+            found.append((linear.name, op_matrix(linear, *args, reset=reset, **named)))
         return run(op, *args, state=state, reset=reset, impl=impl, **named)
 
     with patch.object(Op, "__call__", watched):

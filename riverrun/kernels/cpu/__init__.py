@@ -21,6 +21,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "dplr": matrix.dplr,
     "softmax": softmax.softmax,
     "short_conv": conv.short_conv,
+    "short_conv_silu": conv.short_conv_silu,
     "elman": cells.elman,
     "lstm": cells.lstm,
     "gru": cells.gru,

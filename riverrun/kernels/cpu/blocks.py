@@ -38,6 +38,20 @@ def block_size(width: int, rows: int, limit: int) -> int:
     return min(max(size, LANES), limit)
 
 
+def rows(x: Tensor) -> tuple[Tensor, int]:
+    """x (..., D) as (rows, R), and the column at which it begins in them: a part of a wider tensor, such as
+    `split` gives, is read where it stands. Only what does not lie in rows is copied."""
+    x = x.reshape(-1, x.shape[-1])
+    if x.is_contiguous():
+        return x, 0
+    (count, width), stride, start = x.shape, x.stride(0), x.storage_offset()
+    at = start % stride if stride else 0
+    inside = start - at + count * stride <= x.untyped_storage().nbytes() // x.element_size()
+    if x.stride(1) == 1 and at + width <= stride and inside:
+        return x.as_strided((count, stride), (stride, 1), start - at), at
+    return x.contiguous(), 0
+
+
 def same_dtype(*xs: Tensor | None) -> list[Tensor | None]:
     """All in the widest dtype among them: a kernel is compiled for one dtype at a time."""
     if len({x.dtype for x in xs if x is not None}) == 1:

@@ -1,10 +1,16 @@
-"""The short convolution on a CPU: one sweep over time, channels across vector lanes.
+"""The short convolution on a CPU: one sweep over time, channels across vector lanes, SiLU on the way.
 
 With four taps (see taps.py) stretches of steps that no reset and no end of the sequence cuts go through
-registers; other steps and widths are summed row by row.
+registers; other steps and widths are summed row by row. With u the sum, SiLU's gradient du = dy σ(u) (1 +
+u (1 - σ(u))) needs u again: the backward makes it once more, some channels at a time, in the cache.
+
+x and y are rows, (B T, D); those of x may be parts of wider rows, from column `at` on. w (D, W), c (D) or
+empty, state and tail (B, W - 1, D).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +18,9 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import LANES, add_parts, block_size, kernel, same_dtype, spread
+from .blocks import LANES, add_parts, block_size, kernel, rows, same_dtype, spread
+from .elementary import sigmoid, wide
+from .memory import ZERO, alive, borrowed
 from .taps import WIDTH, backward, forward
 
 BLOCK = 512  # channels a task at most
@@ -30,6 +38,15 @@ def _taps(w, lo, hi):
 
 
 @kernel
+def _bias(c, lo, hi, like):
+    """c of some channels, (1, channels)."""
+    bias = np.zeros((1, hi - lo), like.dtype)
+    for d in range(hi - lo if c.shape[0] else 0):
+        bias[0, d] = c[lo + d]
+    return bias
+
+
+@kernel
 def _whole(reset, i, lo, hi):
     """No reset at steps lo to hi - 1."""
     whole = True
@@ -39,79 +56,124 @@ def _whole(reset, i, lo, hi):
 
 
 @kernel
-def _forward(first, step, x, w, c, state, reset, size, y, tail):
-    """w (D, W), c (D) or empty, state and tail (B, W - 1, D)."""
-    batch, T, D = x.shape
-    W = w.shape[1]
-    blocks = (D + size - 1) // size
+def _silu(y, lo, hi, left, width):
+    """Rows lo to hi - 1 of y, from column `left` on."""
+    wide()
+    for t in range(lo, hi):
+        row = y[t, left : left + width]
+        for d in range(width):
+            row[d] *= sigmoid(row[d])
+
+
+@kernel
+def _sums(active, i, lo, hi, x, at, taps, bias, state, reset, y, top, left):
+    """Rows `top`, ... and columns `left`, ... of y: sums of sequence i and channels lo to hi - 1, through
+    SiLU if `active`. Returns the number of inputs since the last reset; those of the state count as seen."""
+    W, T, width = taps.shape[0], x.shape[0] // state.shape[0], hi - lo
+    simple = W == WIDTH and width % LANES == 0
+    begin, first = i * T, at + lo
+    seen, t = T + W, 0
+    while t < T:
+        end = min(t + STRETCH, T)
+        if simple and t >= W - 1 and _whole(reset, i, t - W + 2, end):
+            out = y[top + t : top + end, left : left + width]
+            now = x[begin + t - W + 1 : begin + end, first : first + width]
+            forward(out, now, taps, bias, end - t, width)
+            seen += end - t
+        else:
+            end = t + 1
+            seen = 0 if reset.shape[0] and reset[i, t] else seen + 1
+            # rows as vectors of their own: the loops over them are then vectorised
+            row, now = y[top + t, left : left + width], x[begin + t, first : first + width]
+            newest, own = taps[W - 1], bias[0]
+            for d in range(width):
+                row[d] = own[d] + newest[d] * now[d]
+            for j in range(1, min(W - 1, seen) + 1):
+                tap = taps[W - 1 - j]
+                then = x[begin + t - j, first : first + width] if j <= t else state[i, W - 1 + t - j, lo:hi]
+                for d in range(width):
+                    row[d] += tap[d] * then[d]
+        if active:
+            _silu(y, top + t, top + end, left, width)
+        t = end
+    return seen
+
+
+@kernel
+def _forward(first, step, active, x, at, w, c, state, reset, size, y, tail):
+    (batch, _, D), W = tail.shape, w.shape[1]
+    T, blocks = x.shape[0] // batch, (D + size - 1) // size
+    x, y = borrowed(x), borrowed(y)
     for task in range(first, batch * blocks, step):
         i, lo = task // blocks, task % blocks * size
         hi = min(lo + size, D)
-        taps, bias = _taps(w, lo, hi), np.zeros((1, hi - lo), x.dtype)
-        if c.shape[0]:
-            bias[0] = c[lo:hi]
-        simple = W == WIDTH and (hi - lo) % LANES == 0
-        seen, t = T + W, 0  # inputs since the last reset; those of the state count as seen
-        while t < T:
-            end = min(t + STRETCH, T)
-            if simple and t >= W - 1 and _whole(reset, i, t - W + 2, end):
-                forward(y[i, t:end, lo:hi], x[i, t - W + 1 : end, lo:hi], taps, bias, end - t, hi - lo)
-                seen, t = seen + end - t, end
-                continue
-            seen = 0 if reset.shape[0] and reset[i, t] else seen + 1
-            # rows as vectors of their own: the loops over them are then vectorised
-            out, now, newest, own = y[i, t, lo:hi], x[i, t, lo:hi], taps[W - 1], bias[0]
-            for d in range(hi - lo):
-                out[d] = own[d] + newest[d] * now[d]
-            for j in range(1, min(W - 1, seen) + 1):
-                tap = taps[W - 1 - j]
-                then = x[i, t - j, lo:hi] if j <= t else state[i, W - 1 + t - j, lo:hi]
-                for d in range(hi - lo):
-                    out[d] += tap[d] * then[d]
-            t += 1
+        taps, bias = _taps(w, lo, hi), _bias(c, lo, hi, w)
+        seen = _sums(active, i, lo, hi, x, at, taps, bias, state, reset, y, i * T, lo)
         for j in range(W - 1):  # the input j steps before the last
             out = tail[i, W - 2 - j, lo:hi]
             if j > seen:
                 out[:] = 0
+            elif j < T:
+                out[:] = x[i * T + T - 1 - j, at + lo : at + hi]
             else:
-                out[:] = x[i, T - 1 - j, lo:hi] if j < T else state[i, W - 2 + T - j, lo:hi]
+                out[:] = state[i, W - 2 + T - j, lo:hi]
 
 
 @kernel
-def _backward(first, step, x, w, state, reset, size, dy, dtail, dx, dw, dc, dstate):
-    """dtail is the gradient of the tail; dw (B, W, D) and dc (B, D) are the parts of one row."""
-    batch, T, D = x.shape
-    W = w.shape[1]
-    blocks = (D + size - 1) // size
+def _before_silu(u, width, dy, top, left):
+    """u, the sums of `width` channels, becomes their gradient; dy from row `top` and column `left` on."""
+    wide()
+    one = u.dtype.type(1)
+    for t in range(u.shape[0]):
+        row, g = u[t], dy[top + t, left : left + width]
+        for d in range(width):
+            s = sigmoid(row[d])
+            row[d] = g[d] * (s * (one + row[d] * (one - s)))
+
+
+@kernel
+def _backward(first, step, active, x, at, w, c, state, reset, size, dy, dtail, dx, dw, dc, dstate):
+    """dtail is the gradient of the tail; dw (B, W, D) and dc (B, D) are the parts of one sequence."""
+    (batch, _, D), W = dtail.shape, w.shape[1]
+    T, blocks = x.shape[0] // batch, (D + size - 1) // size
+    room = np.empty((T if active else 0, min(size, D)), w.dtype)
+    x, dx, du, given = borrowed(x), borrowed(dx), borrowed(room), borrowed(dy)
     for task in range(first, batch * blocks, step):
         i, lo = task // blocks, task % blocks * size
         hi = min(lo + size, D)
         taps, sums, bias = _taps(w, lo, hi), np.zeros((W, hi - lo), w.dtype), np.zeros((1, hi - lo), w.dtype)
         simple = W == WIDTH and (hi - lo) % LANES == 0
+        begin, own, left, right = i * T, i * T, lo, hi  # rows of x, rows and columns of dy
+        dy = given
+        if active:
+            dy, own, left, right = du, ZERO, ZERO, hi - lo
+            _sums(ZERO, i, lo, hi, x, at, taps, _bias(c, lo, hi, w), state, reset, dy, ZERO, ZERO)
+            _before_silu(dy, right, given, begin, lo)
         t = 1 - W  # inputs, those of the state first
         while t < T:
             end = min(t + STRETCH, T - W + 1)
             if simple and 0 <= t < end and _whole(reset, i, t + 1, end + W - 1):
-                now, later = x[i, t:end, lo:hi], dy[i, t : end + W - 1, lo:hi]
-                backward(dx[i, t:end, lo:hi], sums, bias, now, later, taps, end - t, hi - lo)
+                now = x[begin + t : begin + end, at + lo : at + hi]
+                later = dy[own + t : own + end + W - 1, left:right]
+                backward(dx[begin + t : begin + end, lo:hi], sums, bias, now, later, taps, end - t, hi - lo)
                 t = end
                 continue
-            now = x[i, t, lo:hi] if t >= 0 else state[i, W - 1 + t, lo:hi]
-            out = dx[i, t, lo:hi] if t >= 0 else dstate[i, W - 1 + t, lo:hi]
+            now = x[begin + t, at + lo : at + hi] if t >= 0 else state[i, W - 1 + t, lo:hi]
+            out = dx[begin + t, lo:hi] if t >= 0 else dstate[i, W - 1 + t, lo:hi]
             out[:] = 0
             reach = min(W, T - t)  # steps that may read this input, from its own on
             for j in range(max(0, -t), reach):
                 if (j or t < 0) and not _whole(reset, i, t + j, t + j + 1):
                     reach = j
                     break
-                tap, dtap, g = taps[W - 1 - j], sums[W - 1 - j], dy[i, t + j, lo:hi]
+                tap, dtap, g = taps[W - 1 - j], sums[W - 1 - j], dy[own + t + j, left:right]
                 for d in range(hi - lo):
                     dtap[d] += g[d] * now[d]
                     out[d] += g[d] * tap[d]
             if t >= 0:
-                g, own = dy[i, t, lo:hi], bias[0]
+                g, total = dy[own + t, left:right], bias[0]
                 for d in range(hi - lo):
-                    own[d] += g[d]
+                    total[d] += g[d]
             if t + W > T and reach == T - t:
                 g = dtail[i, t + W - 1 - T, lo:hi]
                 for d in range(hi - lo):
@@ -119,37 +181,36 @@ def _backward(first, step, x, w, state, reset, size, dy, dtail, dx, dw, dc, dsta
             t += 1
         dw[i, :, lo:hi] = sums
         dc[i, lo:hi] = bias[0]
+    alive(room)
 
 
-def _tasks(x: Tensor, size: int) -> int:
-    return x.shape[0] * -(-x.shape[2] // size)
-
-
-def _prepare(x, w, state, reset):
+def _prepare(x, w, c, state, reset):
+    """What both kernels begin with, and the number of tasks."""
     state = x.new_zeros(x.shape[0], w.shape[1] - 1, x.shape[2]) if state is None else state.contiguous()
     reset = None if reset is None else reset.contiguous()
     size = block_size(x.shape[2], x.shape[0], BLOCK)
-    return x.contiguous(), w.contiguous(), state, reset, size
-
-
-def _run(x, w, c, state, reset, save):
-    x, w, state, reset, size = _prepare(x, w, state, reset)
     c = x.new_empty(0) if c is None else c.contiguous()
-    y, tail = torch.empty_like(x), torch.empty_like(state)
-    spread(_forward, _tasks(x, size), x.numel(), x, w, c, state, reset, size, y, tail)
+    tasks = x.shape[0] * -(-x.shape[2] // size)
+    return tasks, (*rows(x), w.contiguous(), c, state, reset, size)
+
+
+def _run(active, x, w, c, state, reset, save):
+    tasks, given = _prepare(x, w, c, state, reset)
+    y, tail = _fake(x, w, c, state, reset, save)
+    spread(_forward, tasks, x.numel(), active, *given, y.flatten(0, 1), tail)
     return y, tail
 
 
-def _run_backward(x, w, c, state, reset, y, tail, dy, dtail):
-    no_state = state is None
-    x, w, state, reset, size = _prepare(x, w, state, reset)
-    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dtail = torch.zeros_like(state) if dtail is None else dtail.contiguous()
-    dx, dstate = torch.empty_like(x), torch.empty_like(state)
+def _run_backward(active, x, w, c, state, reset, y, tail, dy, dtail):
+    tasks, given = _prepare(x, w, c, state, reset)
+    dy = torch.zeros_like(y) if dy is None else dy.contiguous()
+    dtail = torch.zeros_like(tail) if dtail is None else dtail.contiguous()
+    dx, dstate = torch.empty_like(y), torch.empty_like(tail)
     dw, dc = x.new_empty(x.shape[0], *w.shape[::-1]), x.new_empty(x.shape[0], x.shape[2])
-    spread(_backward, _tasks(x, size), x.numel(), x, w, state, reset, size, dy, dtail, dx, dw, dc, dstate)
+    results = dy.flatten(0, 1), dtail, dx.flatten(0, 1), dw, dc, dstate
+    spread(_backward, tasks, x.numel(), active, *given, *results)
     dw, dc = add_parts(dw).t().contiguous(), None if c is None else add_parts(dc)
-    return dx, dw, dc, None if no_state else dstate, None
+    return dx, dw, dc, None if state is None else dstate, None
 
 
 def _fake(x, w, c, state, reset, save):
@@ -157,15 +218,18 @@ def _fake(x, w, c, state, reset, save):
     return y, x.new_empty(x.shape[0], w.shape[1] - 1, x.shape[2])
 
 
-_short_conv = define(
-    "short_conv_cpu",
-    "Tensor x, Tensor w, Tensor? c, Tensor? state, Tensor? reset",
-    2,
-    0,
-    "cpu",
-    _run,
-    _run_backward,
-    _fake,
+_short_conv, _short_conv_silu = (
+    define(
+        f"{name}_cpu",
+        "Tensor x, Tensor w, Tensor? c, Tensor? state, Tensor? reset",
+        2,
+        0,
+        "cpu",
+        partial(_run, active),
+        partial(_run_backward, active),
+        _fake,
+    )
+    for active, name in enumerate(("short_conv", "short_conv_silu"))
 )
 
 
@@ -173,4 +237,11 @@ def short_conv(
     x: Tensor, w: Tensor, c: Tensor | None, state: Tensor | None = None, reset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     y, tail = _short_conv(*same_dtype(x, w, c, state), reset)
+    return y, tail
+
+
+def short_conv_silu(
+    x: Tensor, w: Tensor, c: Tensor | None, state: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    y, tail = _short_conv_silu(*same_dtype(x, w, c, state), reset)
     return y, tail

@@ -16,11 +16,25 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 # without "reassoc": rounding adds and subtracts a large number, and the two parts of ln 2 must not be joined
 OPTIONS: Any = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "forceinline": True}
 compiled = njit(**OPTIONS, cache=True)
+
+
+@intrinsic
+def wide(typing):
+    """Loops of the function in which this stands use vectors as wide as the CPU has. LLVM halves them unless
+    it is told: on some CPUs a few wide operations slow down what follows, which long polynomials make good.
+    """
+
+    def make(context, builder, signature, args):
+        # past llvmlite, which knows only attributes without a value
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), make
 
 
 def _parts32(x):

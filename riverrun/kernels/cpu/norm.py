@@ -3,8 +3,11 @@
     y = w ⊙ norm(x)        w ⊙ norm(x) ⊙ s        w ⊙ norm(x ⊙ s)        s = silu(z)
     norm(u) = u r        r = 1 / sqrt(mean(u²) + eps)        du = r (dn - n mean(dn ⊙ n)) with n = u r
 
-All three are y = w ⊙ norm(x ⊙ inner) ⊙ outer with one of the two gates, or both, equal to one.
-x, z, y: (rows, W)    w: (W), in groups of `group` channels    dw is summed over rows in a fixed order.
+All three are y = w ⊙ norm(x ⊙ inner) ⊙ outer with one of the two gates, or both, equal to one. With a skip
+(d, u), x + d ⊙ u stands for x.
+x, z, u, y: (rows, W)    w, d: (W), in groups of `group` channels    Gradients of w and d are summed over rows
+in a fixed order. Rows of x, z, u and dy may be parts of wider ones, from a column on that follows each of
+them; z is anything where there is no gate, and d empty where there is no skip.
 """
 
 from __future__ import annotations
@@ -17,26 +20,34 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .blocks import TASKS, add_parts, kernel, spread
-from .elementary import sigmoid
+from .blocks import TASKS, add_parts, kernel, rows, spread
+from .elementary import sigmoid, wide
 
 PLAIN, AFTER, BEFORE = 0, 1, 2  # where the gate stands
 
 
 @kernel
-def _gate(z, gate, slope):
+def _gate(z, gate):
+    """silu(z)"""
+    wide()
+    for c in range(z.shape[0]):
+        gate[c] = z[c] * sigmoid(z[c])
+
+
+@kernel
+def _gate_and_slope(z, gate, slope):
     """silu(z), and its derivative."""
+    wide()
     one = z.dtype.type(1)
     for c in range(z.shape[0]):
-        gate[c] = sigmoid(z[c])
-    for c in range(z.shape[0]):
-        slope[c] = gate[c] * (one + z[c] * (one - gate[c]))
-    for c in range(z.shape[0]):
-        gate[c] *= z[c]
+        s = sigmoid(z[c])
+        gate[c] = z[c] * s
+        slope[c] = s * (one + z[c] * (one - s))
 
 
 @kernel
 def _dot(a, b):
+    wide()
     total = a.dtype.type(0)
     for c in range(a.shape[0]):
         total += a[c] * b[c]
@@ -46,6 +57,7 @@ def _dot(a, b):
 @kernel
 def _normed(x, inner, n, r, group, eps):
     """n = norm(x ⊙ inner), and r for every channel; x is a row, its groups' sums are taken one by one."""
+    wide()
     for c in range(x.shape[0]):
         n[c] = x[c] * inner[c]
     for lo in range(0, x.shape[0], group):
@@ -56,38 +68,51 @@ def _normed(x, inner, n, r, group, eps):
 
 
 @kernel
-def _forward(first, step, x, z, w, eps, group, place, tasks, y):
-    """x, z and y are flat; z is empty without a gate."""
-    W = w.shape[0]
-    rows = x.shape[0] // W
-    inner, outer, slope = np.ones(W, x.dtype), np.ones(W, x.dtype), np.empty(W, x.dtype)
+def _skipped(x, d, u, total):
+    """x + d ⊙ u"""
+    for c in range(d.shape[0]):
+        total[c] = x[c] + d[c] * u[c]
+    return total
+
+
+@kernel
+def _forward(first, step, x, x0, z, z0, u, u0, w, d, eps, group, place, tasks, y):
+    wide()
+    W, count = w.shape[0], x.shape[0]
+    inner, outer, total = np.ones(W, x.dtype), np.ones(W, x.dtype), np.empty(W, x.dtype)
     n, r = np.empty(W, x.dtype), np.empty(W, x.dtype)
     for task in range(first, tasks, step):
-        for i in range(task * rows // tasks, (task + 1) * rows // tasks):
-            here = slice(i * W, i * W + W)
-            out = y[here]
+        for i in range(task * count // tasks, (task + 1) * count // tasks):
+            now, out = x[i, x0 : x0 + W], y[i]
+            if d.shape[0]:
+                now = _skipped(now, d, u[i, u0 : u0 + W], total)
             if place != PLAIN:
-                _gate(z[here], inner if place == BEFORE else outer, slope)
-            _normed(x[here], inner, n, r, group, eps[0])
+                _gate(z[i, z0 : z0 + W], inner if place == BEFORE else outer)
+            _normed(now, inner, n, r, group, eps[0])
             for c in range(W):
                 out[c] = w[c] * n[c] * outer[c]
 
 
 @kernel
-def _backward(first, step, x, z, w, eps, group, place, tasks, dy, dx, dz, dw):
-    """dw (tasks, W) are the parts of the tasks."""
-    W = w.shape[0]
-    rows, size = x.shape[0] // W, x.dtype.type(group)
+def _backward(
+    first, step, x, x0, z, z0, u, u0, w, d, eps, group, place, tasks, dy, dy0, dx, dz, du, dw, dd
+):  # fmt: skip
+    """dw and dd (tasks, W) are the parts of the tasks."""
+    wide()
+    W, count, size = w.shape[0], x.shape[0], x.dtype.type(group)
     inner, outer, slope = np.ones(W, x.dtype), np.ones(W, x.dtype), np.empty(W, x.dtype)
-    n, r, dn, along = (np.empty(W, x.dtype), np.empty(W, x.dtype), np.empty(W, x.dtype), np.empty(W, x.dtype))
+    n, r, total = np.empty(W, x.dtype), np.empty(W, x.dtype), np.empty(W, x.dtype)
+    dn, along = np.empty(W, x.dtype), np.empty(W, x.dtype)
     for task in range(first, tasks, step):
-        sums = dw[task]
+        sums, skips = dw[task], dd[task]
         sums[:] = 0
-        for i in range(task * rows // tasks, (task + 1) * rows // tasks):
-            here = slice(i * W, i * W + W)
-            now, g, out = x[here], dy[here], dx[here]
+        skips[:] = 0
+        for i in range(task * count // tasks, (task + 1) * count // tasks):
+            now, g, out = x[i, x0 : x0 + W], dy[i, dy0 : dy0 + W], dx[i]
+            if d.shape[0]:
+                now = _skipped(now, d, u[i, u0 : u0 + W], total)
             if place != PLAIN:
-                _gate(z[here], inner if place == BEFORE else outer, slope)
+                _gate_and_slope(z[i, z0 : z0 + W], inner if place == BEFORE else outer, slope)
             _normed(now, inner, n, r, group, eps[0])
             for c in range(W):
                 dn[c] = g[c] * outer[c]
@@ -102,42 +127,53 @@ def _backward(first, step, x, z, w, eps, group, place, tasks, dy, dx, dz, dw):
             for c in range(W):
                 out[c] = dn[c] * inner[c]
             if place == BEFORE:
-                gate = dz[here]
+                gate = dz[i]
                 for c in range(W):
                     gate[c] = dn[c] * now[c] * slope[c]
             elif place == AFTER:
-                gate = dz[here]
+                gate = dz[i]
                 for c in range(W):
                     gate[c] = g[c] * w[c] * n[c] * slope[c]
+            if d.shape[0]:
+                skip, to = u[i, u0 : u0 + W], du[i]
+                for c in range(W):
+                    skips[c] += out[c] * skip[c]
+                for c in range(W):
+                    to[c] = out[c] * d[c]
 
 
-def _flat(x: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if x is None else x.reshape(-1)
+def _given(place, x, z, w, d, u, eps):
+    """What both kernels begin with."""
+    others = (part for t in (z, u) for part in rows(x if t is None else t))
+    d = x.new_empty(0) if d is None else d.contiguous()
+    return *rows(x), *others, w.flatten(), d, eps, w.shape[1], place, TASKS
 
 
-def _run(place, x, z, w, eps, save):
+def _run(place, x, z, w, d, u, eps, save):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    args = _flat(x, x), _flat(z, x), w.flatten(), eps, w.shape[1], place, TASKS, y.view(-1)
-    spread(_forward, TASKS, x.numel(), *args)
+    spread(_forward, TASKS, x.numel(), *_given(place, x, z, w, d, u, eps), y.view(-1, x.shape[-1]))
     return (y,)
 
 
-def _run_backward(place, x, z, w, eps, y, dy):
-    dx, dw = torch.empty_like(y), w.new_empty(TASKS, w.numel())
-    dz = None if place == PLAIN else torch.empty_like(y)
-    given = _flat(x, x), _flat(z, x), w.flatten(), eps, w.shape[1], place, TASKS, _flat(dy, x)
-    spread(_backward, TASKS, x.numel(), *given, dx.view(-1), _flat(dz, x), dw)
-    return dx, dz, add_parts(dw).view(w.shape), None
+def _run_backward(place, x, z, w, d, u, eps, y, dy):
+    dx, (dw, dd) = (
+        torch.empty_like(y),
+        (w.new_empty(TASKS, t) for t in (w.numel(), 0 if d is None else len(d))),
+    )
+    dz, du = (None if t is None else torch.empty_like(y) for t in (z, u))
+    results = ((dx if t is None else t).view(-1, x.shape[-1]) for t in (dx, dz, du))
+    spread(_backward, TASKS, x.numel(), *_given(place, x, z, w, d, u, eps), *rows(dy), *results, dw, dd)
+    return dx, dz, add_parts(dw).view(w.shape), None if d is None else add_parts(dd), du, None
 
 
-def _fake(x, z, w, eps, save):
+def _fake(x, z, w, d, u, eps, save):
     return (torch.empty_like(x, memory_format=torch.contiguous_format),)
 
 
 NORMS = [
     define(
         f"{name}_cpu",
-        "Tensor x, Tensor? z, Tensor w, Tensor eps",
+        "Tensor x, Tensor? z, Tensor w, Tensor? d, Tensor? u, Tensor eps",
         1,
         0,
         "cpu",
@@ -150,9 +186,21 @@ NORMS = [
 
 
 def rms_norm(
-    x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float, before: bool = False
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    group: int,
+    eps: float,
+    before: bool = False,
+    skip: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """x and the gate z: (..., W); weight: (W), or (group) shared by all groups. All of one dtype."""
+    """x and the gate z: (..., W); weight: (W), or (group) shared by all groups. All of one dtype.
+
+    `skip`: (d, u), d (H) and u (..., H, P) with H P = W; x + d ⊙ u stands for x.
+    """
     place = PLAIN if z is None else BEFORE if before else AFTER
     w = weight.view(-1, group).expand(x.shape[-1] // group, group)
-    return NORMS[place](x, z, w, torch.tensor([eps], dtype=x.dtype))[0]
+    d, u = (
+        (None, None) if skip is None else (skip[0].repeat_interleave(skip[1].shape[-1]), skip[1].flatten(-2))
+    )
+    return NORMS[place](x, z, w, d, u, torch.tensor([eps], dtype=x.dtype))[0]

@@ -43,7 +43,7 @@ class GatedRMSNorm(nn.Module):
 
     x, z: (..., width). `weight` is (width), or (group) shared by all groups when `shared`. `before` gates
     before the norm, as Mamba-2 does; Gated DeltaNet gates after it. With a `skip` (d, u), d (H) and u
-    (..., H, P), x + d u stands for x. On a GPU one kernel does it all.
+    (..., H, P), x + d u stands for x. One kernel does it all, forward and backward.
     """
 
     def __init__(
@@ -61,12 +61,13 @@ class GatedRMSNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor, skip: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if gpu is not None and gpu.norm.refuses(x, z, self.group) is None:
             return gpu.norm.gated_rms_norm(x, z, self.weight, self.group, self.eps, self.before, skip)
-        if skip is not None:
-            d, u = skip
-            x = torch.addcmul(x.view(u.shape), d[:, None], u).flatten(-2)
         dtype, x, z, w = x.dtype, wide(x), wide(z), wide(self.weight)
+        if skip is not None:
+            skip = d, u = wide(skip[0]), wide(skip[1])
         if in_one_pass(x):
-            return cpu.rms_norm(x, z, w, self.group, self.eps, self.before).to(dtype)
+            return cpu.rms_norm(x, z, w, self.group, self.eps, self.before, skip).to(dtype)
+        if skip is not None:
+            x = torch.addcmul(x.view(u.shape), d[:, None], u).flatten(-2)
         gate = F.silu(z)
         if self.before:
             x = x * gate

@@ -19,7 +19,7 @@ from riverrun.kernels.gpu import conv
 from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.mixers.rwkv7 import RWKV7
 from riverrun.models.rwkv7 import ChannelMix
-from riverrun.nn import GatedMLP, GatedRMSNorm, HeadNorm, remade, removal, scaled, shifted
+from riverrun.nn import GatedMLP, GatedRMSNorm, HeadNorm, remade, removal, rotate, scaled, shifted
 from riverrun.state import leaves
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -144,6 +144,20 @@ def test_scaled(dtype, bound):
     H, P = (3, 6) if DEVICE == "cpu" else (24, 64)
     run = lambda wider, s: scaled(wider[..., 2 : 2 + H * P].unflatten(-1, (H, P)), s)  # noqa: E731
     agree(run, (numbers(B, T, H * P + 4), numbers(B, T, H)), dtype, bound)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, B])
+def test_rotary_positions(rows, dtype, bound):
+    """Of a part of a wider tensor; positions of each sequence, or one's for all."""
+    H, K = (3, 6) if DEVICE == "cpu" else (12, 64)
+    position = 7 * torch.arange(T)[None] + 1000 * torch.arange(rows)[:, None]
+
+    def run(wider):
+        x = wider[..., 4 : 4 + H * K].unflatten(-1, (H, K))
+        return rotate(x, position.to(x.device))
+
+    agree(run, (numbers(B, T, H * K + 6),), dtype, bound)
 
 
 @dtypes

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from riverrun.ops import gpu
+
 
 def positions(x: Tensor, start: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, T) positions for x (B, T, ...), and the next (B). `start` (B) is the first; a reset is 0."""
@@ -32,5 +34,7 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
     angle = position[..., None, None] * rate
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    if gpu is not None and gpu.rotary.refuses(x) is None:
+        return gpu.rotary.rotate(x, *(angle[:, :, 0].expand(*x.shape[:2], half) for angle in (cos, sin)))
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

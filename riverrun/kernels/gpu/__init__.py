@@ -13,6 +13,7 @@ from . import headnorm as headnorm  # no ops, but what layers and losses run
 from . import loss as loss
 from . import norm as norm
 from . import removal as removal
+from . import rotary as rotary
 from . import scaled as scaled
 from . import shift as shift
 from . import swiglu as swiglu

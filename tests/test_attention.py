@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from riverrun import nn
 from riverrun import state as states
 from riverrun.mixers import build
+from riverrun.nn.rotary import rotate
 from riverrun.testing.tolerance import close
 
 WIDTH = 16
@@ -116,3 +118,54 @@ def test_inference_mode_and_no_grad_may_alternate(args):
             y, state = mixer(x[:, i : i + 1], state)
             ys.append(y.detach().clone())
     close(torch.cat(ys, 1), whole, "step by step in three modes")
+
+
+def seen_one_by_one(q, k, v, always, reset, window):
+    """Every step, head and key by itself: what is always seen is asked by q as it is, not turned."""
+    (B, T, H, K), G = q.shape, k.shape[2]
+    y, begins = torch.zeros_like(q), [0] * B
+    for b in range(B):
+        for t in range(T):
+            begins[b] = t if reset[b, t] else begins[b]
+            near = range(max(begins[b], t - window + 1), t + 1)
+            place = torch.tensor([[t - begins[b]] + [s - begins[b] for s in near]])
+            for h in range(H):
+                g = h // (H // G)
+                turned = rotate(torch.stack([q[b, t, h], *(k[b, s, g] for s in near)])[None, :, None], place)
+                score = [q[b, t, h] @ a for a in always[g]] + [
+                    turned[0, 0, 0] @ key for key in turned[0, 1:, 0]
+                ]
+                p = (torch.stack(score) / K**0.5).softmax(0)
+                y[b, t, h] = p @ torch.stack([*always[G + g], *(v[b, s, g] for s in near)])
+    return y
+
+
+def test_what_is_always_seen_beside_a_window():
+    """Fewer key heads than heads, three blocks of a window, resets, and two calls; gradients reach it."""
+    draw = torch.Generator().manual_seed(4)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    T, window = 13, 5
+    q, k, v, always = normal(2, T, 4, 6), normal(2, T, 2, 6), normal(2, T, 2, 6), normal(4, 3, 6)
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    reset[0, 4] = reset[1, 11] = True
+    expected = seen_one_by_one(q, k, v, always, reset, window)
+    always.requires_grad_()
+    y, _ = nn.attend(q, k, v, (None,) * 3, reset, window, always=always)
+    close(y, expected, "in one call")
+    (slope,) = torch.autograd.grad(y.square().sum(), always)
+    assert (slope.abs() > 1e-6).all()
+    ys, state = [], (None,) * 3
+    for i, j in ((0, 1), (1, 8), (8, 9), (9, T)):
+        part = (x[:, i:j] for x in (q, k, v))
+        y, state = nn.attend(*part, state, reset[:, i:j], window, always=always)
+        ys.append(y)
+    close(torch.cat(ys, 1), expected, "in four calls")
+
+
+def test_without_a_window_nothing_is_always_seen():
+    x = torch.randn(1, 3, 1, 4)
+    with pytest.raises(ValueError, match="`always` is for a window"):
+        nn.attend(x, x, x, (None,) * 3, always=torch.randn(2, 1, 4))

@@ -158,6 +158,16 @@ def test_mamba3_of_several_ranks_against_its_authors():
     g.check(build("mamba3", g.x.shape[-1], **g.args), *DELTA["mamba3"](g))
 
 
+def test_kda_with_a_bounded_gate_against_transformers():
+    g = golden.load(Path(__file__).parent / "golden" / "variants" / "kda_bounded.safetensors")
+    g.check(build("kda", g.x.shape[-1], **g.args), *DELTA["kda"](g))
+
+
+@pytest.mark.parametrize("law", ["split", "trained", "half", "extremes"])
+def test_laws_of_kda_with_a_bounded_gate(law):
+    LAWS[law](lambda: build("kda", WIDTH, **MIXERS["kda"].small, lower_bound=-5.0), MIXERS["kda"])
+
+
 @pytest.mark.parametrize("law", ["shape", "agreement", "split", "causality", "reset", "trained", "half"])
 def test_laws_of_mamba3_of_several_ranks(law):
     args = {**MIXERS["mamba3"].small, "rank": 3}
@@ -191,6 +201,7 @@ def test_mamba3_without_turning_and_trapezoid_is_mamba2(float64):
     "name, args, match",
     [
         ("deltaproduct", dict(num_steps=0), "num_steps ≥ 1"),
+        ("kda", dict(lower_bound=0.0), "lower_bound = 0.0"),
         ("mesanet", dict(iterations=0), "iterations ≥ 1"),
         ("mamba3", dict(num_states=5), "num_states = 5"),
         ("mamba3", dict(turning=0.01), "turning = 0.01"),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from riverrun.nn import attend, carried, head_width, heads
-from riverrun.nn.attend import Cache
+from riverrun.nn import attend, carried, heads
+from riverrun.nn.attend import Cache, grouped, pairs
 
 
 class Attention(nn.Module):
@@ -26,10 +26,7 @@ class Attention(nn.Module):
         self, width: int, num_heads: int = 4, num_key_heads: int | None = None, base: float = 10_000.0
     ):
         super().__init__()
-        K, G = head_width(width, num_heads), num_key_heads or num_heads
-        head_width(num_heads, G, "num_key_heads")
-        if K % 2:
-            raise ValueError(f"heads of width {K} have no pairs to turn; width / num_heads must be even")
+        K, G = pairs(width, num_heads), grouped(num_heads, num_key_heads)
         self.width, self.num_heads, self.num_key_heads, self.base = width, num_heads, G, base
         self.sizes = (width, G * K, G * K)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [q, k, v]

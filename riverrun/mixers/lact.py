@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun.nn import RMSNorm, attend, carried, head_width, heads, unit, wide
-from riverrun.nn.attend import Cache
+from riverrun.nn.attend import Cache, pairs
 from riverrun.nn.init import inverse_softplus
 from riverrun.nn.memory import Memory
 from riverrun.recurrences.memory import Rule
@@ -44,11 +44,8 @@ class LaCT(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        K, P = head_width(width, num_heads), head_width(width, num_memories, "num_memories")
-        if K % 2 or window < 2:
-            raise ValueError(
-                f"heads of width {K} and a window of {window}: it takes an even width and ≥ 2 steps"
-            )
+        pairs(width, num_heads, window)
+        P = head_width(width, num_memories, "num_memories")
         self.width, self.num_heads, self.num_memories, self.window = width, num_heads, num_memories, window
         self.inp = nn.Linear(width, 3 * width, bias=False)  # [q, k, v]
         self.gate = nn.Linear(width, 4 * num_memories)  # [η of each matrix, s]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from riverrun import ops
 from riverrun.nn import attend, carried, head_width, heads, wide
-from riverrun.nn.attend import Cache
+from riverrun.nn.attend import Cache, grouped, pairs
 
 
 class Liger(nn.Module):
@@ -36,21 +36,11 @@ class Liger(nn.Module):
         base: float = 10_000.0,
     ):
         super().__init__()
-        K, G = head_width(width, num_heads), num_key_heads or num_heads
-        head_width(num_heads, G, "num_key_heads")
+        K, G = pairs(width, num_heads, window), grouped(num_heads, num_key_heads)
         head_width(K, pool, "pool")
-        if K % 2 or window < 2:
-            raise ValueError(
-                f"heads of width {K} and a window of {window}: it takes an even width and ≥ 2 steps"
-            )
         self.width, self.num_heads, self.num_key_heads = width, num_heads, G
-        self.window, self.blend, self.pool, self.temperature, self.base = (
-            window,
-            blend,
-            pool,
-            temperature,
-            base,
-        )
+        self.window, self.blend, self.pool = window, blend, pool
+        self.temperature, self.base = temperature, base
         self.sizes = (width, G * K, G * K)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [q, k, v]
         self.out = nn.Linear(width, width, bias=False)

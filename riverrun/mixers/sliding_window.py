@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from riverrun.nn import attend, carried, head_width, heads
-from riverrun.nn.attend import Cache
+from riverrun.nn import attend, carried, heads
+from riverrun.nn.attend import Cache, grouped, pairs
 
 
 class SlidingWindow(nn.Module):
@@ -29,12 +29,7 @@ class SlidingWindow(nn.Module):
         base: float = 10_000.0,
     ):
         super().__init__()
-        K, G = head_width(width, num_heads), num_key_heads or num_heads
-        head_width(num_heads, G, "num_key_heads")
-        if K % 2 or window < 2:
-            raise ValueError(
-                f"heads of width {K} and a window of {window}: it takes an even width and ≥ 2 steps"
-            )
+        K, G = pairs(width, num_heads, window), grouped(num_heads, num_key_heads)
         self.width, self.num_heads, self.num_key_heads = width, num_heads, G
         self.window, self.base = window, base
         self.sizes = (width, G * K, G * K)

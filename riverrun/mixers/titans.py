@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from riverrun.algorithms.fastweight import places
 from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, attend, carried, heads, unit, wide
-from riverrun.nn.check import fitting, head_width
+from riverrun.nn.attend import pairs
+from riverrun.nn.check import fitting
 from riverrun.nn.memory import Memory
 from riverrun.recurrences.memory import Rule
 from riverrun.state import State
@@ -50,11 +51,9 @@ class Titans(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        K = head_width(width, num_heads)
+        K = pairs(width, num_heads, window)
         if variant not in VARIANTS:
             raise ValueError(f"no variant '{variant}' of Titans; there are {VARIANTS}")
-        if K % 2 or window < 2:
-            raise ValueError(f"heads of width {K}, window {window}: it takes an even width and ≥ 2 steps")
         self.width, self.num_heads, self.variant = width, num_heads, variant
         self.chunk, self.base = chunk, base
         self.window = 2 * chunk if variant == "mac" else window

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from riverrun.state import State, describe
 
+from .check import head_width
 from .rotary import positions, rotate
 
 Cache = tuple[Tensor, Tensor, Tensor]
@@ -70,6 +71,21 @@ def attend(
     if n <= T:
         last = last.clone()  # a view would keep all T steps in memory
     return torch.cat(ys, 1), (last, first[:, -1] - T, filled)
+
+
+def pairs(width: int, num_heads: int, window: int | None = None) -> int:
+    """K = width / num_heads, turned in pairs. Raises ValueError if it is odd, or for a window of one step."""
+    K = head_width(width, num_heads)
+    if K % 2 or (window is not None and window < 2):
+        raise ValueError(f"heads of width {K}, window {window}: it takes an even width and ≥ 2 steps")
+    return K
+
+
+def grouped(num_heads: int, num_key_heads: int | None) -> int:
+    """G: as many as there are heads unless given. Raises ValueError if it does not divide them."""
+    G = num_key_heads or num_heads
+    head_width(num_heads, G, "num_key_heads")
+    return G
 
 
 def begin(k: Tensor, window: int | None) -> Cache:

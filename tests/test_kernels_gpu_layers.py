@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 from riverrun.algorithms import shift
 from riverrun.kernels.gpu import conv
 from riverrun.kernels.gpu.launch import DEVICE
+from riverrun.mixers.mamba2 import Mamba2
 from riverrun.mixers.rwkv7 import RWKV7
 from riverrun.models.rwkv7 import ChannelMix
 from riverrun.nn import GatedMLP, GatedRMSNorm, HeadNorm, remade, removal, rotate, scaled, shifted
@@ -221,3 +222,23 @@ def test_a_whole_layer(make, dtype, bound):
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         a, b = b.detach().cpu().double(), a.detach()
         assert float((a - b).abs().max() / b.abs().max()) < 5 * bound, i
+
+
+@pytest.mark.parametrize(
+    "make", [partial(RWKV7, 64, 2, 8, 8, 8), partial(Mamba2, 32, 2, 8), partial(GatedMLP, 32, 48)],
+    ids=["rwkv7", "mamba2", "mlp"],
+)  # fmt: skip
+def test_layers_compile(make):
+    """In one graph, with the gradients of the eager layer; what is remade there is kept here."""
+    torch.manual_seed(0)
+    layer = make().to(DEVICE)
+    x = numbers(B, T, layer.width if hasattr(layer, "width") else 32).to(DEVICE)
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        given = x.clone().requires_grad_()
+        y = call(given)
+        y = y[0] if isinstance(y, tuple) else y
+        wanted = [given, *layer.parameters()]
+        results.append([y, *torch.autograd.grad(y, wanted, numbers(*y.shape).to(y))])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert float((a - b).abs().max() / b.abs().max()) < 5 * BOUND, i

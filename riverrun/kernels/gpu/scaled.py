@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from riverrun.kernels.library import define
-
 from .launch import DEVICE
 
 ITEMS = 1024  # numbers that a program of four warps holds
@@ -58,27 +56,40 @@ def _launch(kernel, x: Tensor, s: Tensor, *others: Tensor) -> None:
     )
 
 
-def _run(x: Tensor, s: Tensor, save: bool) -> tuple[Tensor]:
+@torch.library.custom_op("riverrun::scaled_gpu", mutates_args=(), device_types=DEVICE)
+def _scaled(x: Tensor, s: Tensor) -> Tensor:
     y = _like(x)
     _launch(_forward, x, s, y)
-    return (y,)
+    return y
 
 
-def _gradients(x: Tensor, s: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("riverrun::scaled_gpu_backward", mutates_args=(), device_types=DEVICE)
+def _gradients(x: Tensor, s: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     dx, ds = _like(x), _like(s)
     _launch(_backward, x, s, dy.contiguous(), dx, ds)
     return dx, ds
 
 
-_scaled = define(
-    "scaled_gpu", "Tensor x, Tensor s", 1, 0, DEVICE, _run, _gradients, lambda x, s, save: (_like(x),)
+@_scaled.register_fake
+def _(x, s):
+    return _like(x)
+
+
+@_gradients.register_fake
+def _(x, s, dy):
+    return _like(x), _like(s)
+
+
+_scaled.register_autograd(
+    lambda ctx, dy: _gradients(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
 def scaled(x: Tensor, s: Tensor) -> Tensor:
     if why := refuses(x, s):
         raise ValueError(f"scaled: {why}")
-    return _scaled(x, s)[0]
+    return _scaled(x, s)
 
 
 def refuses(x: Tensor, s: Tensor) -> str | None:

@@ -45,7 +45,8 @@ ROWS = [
 ]
 # one op of each set of kernels, and those that share them
 FAMILIES = {
-    "delta": "outer, mlstm, delta, dplr",
+    "delta": "outer, delta, dplr",
+    "mlstm": "mlstm",
     "diagonal": "diagonal",
     "selective": "selective",
     "softmax": "softmax",

@@ -106,6 +106,49 @@ def test_extreme_decays(form):
     compare(name, (*args[:at], g.requires_grad_(), *args[at + 1 :]), None, None)
 
 
+@pytest.mark.parametrize("T", [3, 40])
+@pytest.mark.parametrize("continued", [False, True])
+def test_extreme_gates(continued, T):
+    """Gates of mlstm open and shut at once, and both terms of the maximum equal for a stretch."""
+    name, args = arguments("mlstm", T, groups=2)
+    r = torch.Generator().manual_seed(1)
+    state = start(name, args) if continued else None
+    choice = torch.randint(5, (2, B, T, H), generator=r)
+    f = torch.tensor([-0.0, -1e-30, -2.0, -1e3, -torch.inf], dtype=torch.float64)[choice[0]]
+    i = torch.tensor([-torch.inf, -500.0, -20.0, 3.0, 500.0], dtype=torch.float64)[choice[1]]
+    i[f.isinf()] = 3.0  # nothing to keep and nothing to write is a normaliser of 0 / 0
+    f[1], i[1] = 0.0, 1.0
+    compare(name, (*args[:3], f.requires_grad_(), i.requires_grad_()), state, resets(T))
+
+
+@pytest.mark.parametrize("T", [4, 40])
+@pytest.mark.parametrize("part", [0, 2, 3])
+def test_gates_below_the_cut(part, T):
+    """e^{-m} is cut off at e^60, so that y depends on m. Values are large, else y would vanish; the loss is
+    y, n or m alone."""
+    _, (q, k, v, f, i) = arguments("mlstm", T)
+    f, i = (f.detach() - 30).requires_grad_(), (i.detach() - 70).requires_grad_()
+    given = [q, k, (v.detach() * 1e26).requires_grad_(), f, i]
+    m = (torch.full((B, H), -65.0, dtype=torch.float64) + torch.arange(H)).requires_grad_()
+    S, n = (torch.zeros(B, H, *shape, dtype=torch.float64, requires_grad=True) for shape in ((K, V), (K,)))
+    grads = []
+    for impl in ("cpu", "sequential"):
+        y, last = ops.mlstm(*given, state=(S, n, m), reset=resets(T), impl=impl)
+        loss = (y, *last)[part].sum()
+        grads.append(torch.autograd.grad(loss, (*given, S, n, m), allow_unused=True, materialize_grads=True))
+    for x, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(x, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("T", [2, 20])
+def test_nothing_is_divided_by_zero(T):
+    """With m > 88 float32 has no e^{-m}, and a query of zeros reads a normaliser of 0."""
+    args = [x.detach().float() for x in arguments("mlstm", T)[1]]
+    args[0][:, ::2], args[4][:] = 0, 95
+    y, _ = ops.mlstm(*args, impl="cpu")
+    assert y.isfinite().all() and (y[:, ::2] == 0).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_large_inputs_stay_finite(form):
     name, args = arguments(form, 40)
@@ -124,14 +167,15 @@ def test_a_reset_clears_what_is_not_finite():
     assert torch.equal(y, expected) and torch.equal(state, last)
 
 
-@pytest.mark.parametrize("form", ["outer key bonus", "delta head", "dplr"])
+@pytest.mark.parametrize("form", ["outer key bonus", "mlstm", "delta head", "dplr"])
 def test_gradcheck(form):
     name, args = arguments(form, 3, K=2, V=2)
     given = [x for x in args if x is not None]
 
     def run(*xs):
         rest = iter(xs)
-        return getattr(ops, name)(*(x if x is None else next(rest) for x in args), impl="cpu")
+        y, last = getattr(ops, name)(*(x if x is None else next(rest) for x in args), impl="cpu")
+        return y, *leaves(last)
 
     assert torch.autograd.gradcheck(run, given)
 

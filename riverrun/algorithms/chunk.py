@@ -116,11 +116,7 @@ def outer(q, k, v, g=None, u=None, state: Tensor | None = None, reset: Tensor | 
 
 
 def mlstm(q, k, v, f, i, state=None, reset: Tensor | None = None):
-    return stabilised(outer, q, k, v, f, i, state, reset)
-
-
-def stabilised(outer, q, k, v, f, i, state, reset):
-    """mLSTM through some `outer`: m by a max-plus scan, the normaliser as one more value column."""
+    """Through `outer`: m by a max-plus scan, the normaliser as one more value column."""
     if state is None:
         state = zeros(k, v), zeros(k, v)[..., 0], torch.zeros_like(f[:, 0])
     S, n, m0 = state

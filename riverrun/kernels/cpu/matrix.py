@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from riverrun.algorithms.chunk import stabilised
 from riverrun.kernels.library import define
 
 from . import by_head, by_key, short
@@ -16,6 +15,7 @@ from .block import DELTA, DPLR, OUTER
 from .blocks import SMALL
 from .gemm import SIDE as C
 from .memory import SEGMENT
+from .normaliser import Back, Norm
 from .threads import array, in_threads
 
 TASKS = 4  # wanted at the least; a part of the columns repeats what columns share, so parts cost
@@ -158,5 +158,89 @@ def dplr(q, k, v, g, a, b, state: Tensor | None = None, reset: Tensor | None = N
     return _matrix(q, k, v, g, None, None, a, b, state, reset)
 
 
+def _norm(i, n, m, n_last, m_last, saved, tops, sums) -> Norm:
+    n, n_last, saved = (array(x[:, :, None]) for x in (n, n_last, saved))
+    return Norm(i, n, array(m), n_last, array(m_last), saved, array(tops), array(sums))
+
+
+def _run_mlstm(q, k, v, f, i, S, n, m, reset, save):
+    (B, T, H, V), K = v.shape, k.shape[3]
+    inputs, segments = _arrays(q, k, v, f, i, None, None, None, reset), H * -(-T // SEGMENT) if save else 0
+    S = v.new_zeros(B, H, K, V) if S is None else S.clone(memory_format=torch.contiguous_format)
+    n = v.new_zeros(B, H, K) if n is None else n.contiguous()
+    m = v.new_zeros(B, H) if m is None else m.contiguous()
+    shapes = v.shape, n.shape, m.shape, (B, segments, K, V), (B, segments, K), (B, T, H), (B, T, H)
+    y, n_last, m_last, saved, saved_n, tops, sums = (torch.empty(shape, dtype=v.dtype) for shape in shapes)
+    norm = _norm(inputs[4], n, m, n_last, m_last, saved_n, tops, sums)
+    if T <= short.STEPS:
+        before, tasks = S, B * H if S.numel() * T > SMALL else 1
+        S = torch.empty(S.shape, dtype=v.dtype)
+        in_threads(short.forward, tasks, OUTER, *inputs, array(before), array(S), array(y), norm)
+        return y, S, n_last, m_last, before if save else saved, n.clone() if save else saved_n, tops, sums
+    share = _columns(B, H, V)
+    group = _heads(B, H, -(-V // share))
+    *given, _, _, _, _, cut = inputs
+    tasks, results = B * (H // group) * -(-V // share), (array(x) for x in (S, y, saved))
+    in_threads(by_head.forward, tasks, share, group, *given, None, cut, *results, norm)
+    return y, S, n_last, m_last, saved, saved_n, tops, sums
+
+
+def _run_mlstm_backward(
+    q, k, v, f, i, S, n, m, reset, y, S_last, n_last, m_last, saved, saved_n, tops, sums, dy, dS, dn, dm
+):
+    (B, T, H, V), K = v.shape, k.shape[3]
+    share = _columns(B, H, V)
+    parts = -(-V // share)
+    group = _heads(B, H, parts)
+    dy, dn, dm = (
+        torch.zeros_like(x) if d is None else d.contiguous() for d, x in ((dy, y), (dn, n_last), (dm, m_last))
+    )
+    dS = torch.zeros_like(S_last) if dS is None else dS.clone(memory_format=torch.contiguous_format)
+    before = v.new_zeros(B, H) if m is None else m.contiguous()
+    dv, dn_first = v.new_empty(v.shape), v.new_empty(parts * B, H, K)
+    dq, dk, df, di = (v.new_empty(parts * B, T, H, width) for width in (K, K, 1, 1))
+    *given, gate, _, _, _, cut = _arrays(q, k, v, f, i, None, None, None, reset)
+    norm = _norm(gate, n_last, before, n_last, m_last, saved_n, tops, sums)
+    back = Back(
+        array(y), array(S_last), array(dn[:, :, None]), array(dm), array(dn_first[:, :, None]), array(di)
+    )
+    results = (array(x) for x in (saved, dy, dS, dq, dk, dv, df))
+    tasks = B * (H // group) * parts
+    in_threads(by_head.backward, tasks, share, group, *given, None, cut, *results, None, norm, back)
+    df, di = (_sum(x, parts).view(f.shape) for x in (df, di))
+    dm = df[:, 0].clone() if reset is None else df[:, 0].masked_fill(reset[:, :1], 0)
+    return (
+        _grouped(_sum(dq, parts), q.shape[2]),
+        _grouped(_sum(dk, parts), k.shape[2]),
+        dv,
+        df,
+        di,
+        None if S is None else dS,
+        None if n is None else _sum(dn_first, parts),
+        None if m is None else dm,
+        None,
+    )
+
+
+def _fake_mlstm(q, k, v, f, i, S, n, m, reset, save):
+    (B, T, H, V), K = v.shape, k.shape[3]
+    segments = H * ((T + SEGMENT - 1) // SEGMENT if save else 0)
+    shapes = (B, H, K, V), (B, H, K), (B, H), (B, segments, K, V), (B, segments, K), (B, T, H), (B, T, H)
+    return v.new_empty(v.shape), *(v.new_empty(shape) for shape in shapes)
+
+
+_mlstm = define(
+    "mlstm_cpu",
+    "Tensor q, Tensor k, Tensor v, Tensor f, Tensor i, Tensor? S, Tensor? n, Tensor? m, Tensor? reset",
+    4,
+    4,
+    "cpu",
+    _run_mlstm,
+    _run_mlstm_backward,
+    _fake_mlstm,
+)
+
+
 def mlstm(q, k, v, f, i, state=None, reset: Tensor | None = None):
-    return stabilised(outer, q, k, v, f, i, state, reset)
+    y, *state = _mlstm(q, k, v, f, i, *(state or (None, None, None)), reset)
+    return y, tuple(state)

@@ -39,7 +39,7 @@ def arguments(rule, T=T, V=K, norm=True, bias=True, seed=0):
         a[name] = draw(H, *(sizes[axis] for axis in axes.split()), seed=10 + i) / 2
     a["g"] = None if rule.by_chunk else F.logsigmoid(draw(B, T, H, seed=seed + 5) + 2)
     a["m"] = F.logsigmoid(draw(B, T, H, seed=seed + 6)) if rule.momentum else None
-    a["bound"] = draw(B, T, H, seed=seed + 7).exp() if rule.loss == "huber" else None
+    a["bound"] = draw(B, T, H, seed=seed + 7).exp() if rule.bounded else None
     a["norm"] = torch.stack([1 + draw(H, V, seed=8) / 4, draw(H, V, seed=9) / 4]) if norm else None
     return {name: x for name, x in a.items() if x is not None}
 
@@ -180,14 +180,31 @@ def test_softmax_retention_is_its_equation():
 def test_huber_bounds_an_outlier():
     """A value a thousand times too large moves a bounded memory by at most η δ |k|, another by far more."""
     moved = {}
-    for loss in ("l2", "huber"):
+    for loss in ("l2", "huber", "l2l1"):
         a = arguments(Rule(loss=loss), T=1, norm=False)
         a["v"] = 1e3 * a["v"]
-        if loss == "huber":
+        if loss != "l2":
             a["bound"] = torch.ones_like(a["bound"])
         _, (_, (A,), _, _) = run(Rule(loss=loss), {**a, "g": None})
         moved[loss] = (A - a["W1"]).norm(dim=(-2, -1)).max()
     assert moved["huber"] < 0.3 * 2**0.5 and moved["l2"] > 10
+    assert moved["huber"] < moved["l2l1"] < 0.3 * 2**0.5 * K**0.5, "by η δ at most in every channel"
+
+
+def test_yaad_written_out():
+    """Gradient of |e|²/2 where |e| ≤ δ, else δ sign(e) in every channel: eq. 26, for a matrix."""
+    rule = Rule(loss="l2l1")
+    a = arguments(rule, norm=False, bias=False)
+    y, _ = run(rule, a)
+    W, far = a["W1"][0], []
+    for t in range(T):
+        k, e = a["k"][0, t, 0], a["k"][0, t, 0] @ W - a["v"][0, t, 0]
+        far.append(bool(e.norm() > a["bound"][0, t, 0]))
+        slope = a["bound"][0, t, 0] * e.sign() if far[-1] else e
+        W = a["g"][0, t, 0].exp() * W - a["lr"][0, t, 0] * torch.outer(k, slope)
+        # |e| is smooth within a thousandth of zero
+        close(y[0, t, 0], a["q"][0, t, 0] @ W, f"token {t}", bound=1e-3)
+    assert any(far) and not all(far)
 
 
 @pytest.mark.parametrize("no_slopes", [torch.no_grad, torch.inference_mode])

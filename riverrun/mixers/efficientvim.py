@@ -5,6 +5,8 @@
 
 So a token costs O(N D) and only the N states cost O(D²) each. The convolution looks around every token, in a
 picture in both dimensions.
+Its authors' models classify by Σ_i w_i W_i mean_n norm(h'), w a softmax of learned weights, over the hidden
+states of each stage's last block, `hidden`, and the tokens of the last one (their multi-stage fusion).
 Source: Lee et al. 2024 (arXiv:2411.15241); the layout of its code, but for a constant that it adds to δ and
 that softmax cancels.
 """

@@ -7,7 +7,8 @@
     out = W_o (a + norm(y) ⊙ silu(W_s x))
 
 The order of tokens in a chunk does not matter to the memory; the window, at least as long as the chunk if
-nothing is to be missed, sees it. Source: Zhang et al. 2025 (arXiv:2505.23884) sec. 3 and 4.2.
+nothing is to be missed, sees it. Source: Zhang et al. 2025 (arXiv:2505.23884) sec. 3 and 4.2, and its code
+for language. Of its options, norms of q and k, positions in q' and k' and momentum over chunks are missing.
 """
 
 from __future__ import annotations

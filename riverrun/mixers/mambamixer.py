@@ -6,8 +6,9 @@
 
 In the paper a step's features are one channel's values at all times, so its weights fix T. Here they are P
 channels at one time: T is free, nothing looks ahead, a state continues. α = 1, β = 0 is Mamba.
-Averages over earlier blocks are of a stack: `riverrun.nn.WeightedAverage`.
-Source: Behrouz et al. 2024 (arXiv:2403.19888) fig. 1, Gu & Dao 2023 (arXiv:2312.00752). Without code.
+Its blocks also read earlier ones: the token mixer Σ_{i < l} α_i y_i + β_i y'_i, the channel mixer Σ_{i ≤ l}
+θ_i y_i + Σ_{i < l} γ_i y'_i. That is of a stack, `riverrun.nn.WeightedAverage`; here θ_l = 1 and the rest 0.
+Source: Behrouz et al. 2024 (arXiv:2403.19888) sec. 3.2, Gu & Dao 2023 (arXiv:2312.00752). Without code.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@
     yaad     ℓ = Huber(|f(k) - v|), δ = softplus(W_d x + c)    W = A
     memora   ℓ = |f(k) - v|² / 2                W = softmax(A)
 
-Any of the four choices can be made otherwise. Gradients are taken at the start of each chunk; r is applied at
-every token, where the authors apply it at the ends of chunks.
-Source: Behrouz et al. 2025 (arXiv:2504.13173) sec. 5.
+Any of the four choices can be made otherwise; loss="l2l1" is the form of Yaad's loss in eq. 26, whose slope
+jumps where |f(k) - v| = δ. Gradients are taken at the start of each chunk; r is applied at every token, where
+the authors apply it at the ends of chunks.
+Source: Behrouz et al. 2025 (arXiv:2504.13173) sec. 5, eq. 24 (Moneta), 26 (Yaad) and 27 (Memora), as others
+have copied them out.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Miras(nn.Module):
         if rule.by_chunk:
             raise ValueError(f"retain = '{retain}' is LaCT's; Miras takes 'decay', 'lq' or 'softmax'")
         self.width, self.num_heads, self.base = width, num_heads, base
-        self.gates = ["lr", "g", *(["m"] if momentum else []), *(["bound"] if rule.loss == "huber" else [])]
+        self.gates = ["lr", "g", *(["m"] if momentum else []), *(["bound"] if rule.bounded else [])]
         self.inp = nn.Linear(width, 4 * width, bias=False)  # [q, k, v, z]
         self.gate = nn.Linear(width, len(self.gates) * num_heads)  # [η, g, m, δ]
         with torch.no_grad():

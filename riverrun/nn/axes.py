@@ -1,7 +1,8 @@
 """Positions along several axes, for memories that have no order of their own.
 
-Source: Qin et al. 2024 (LightNet, arXiv:2405.21022), MD-TPE and MD-LRPE, as in the first author's code; the
-paper's own equations were not at hand.
+Source: Qin et al. 2024 (LightNet, arXiv:2405.21022), MD-TPE and MD-LRPE, as in the first author's code: sums
+of one axis after another in xmixers, [x cos, x sin] with each axis's share of the angles in xopes
+(github.com/Doraemonzzz). The paper's own equations were not at hand.
 """
 
 from __future__ import annotations

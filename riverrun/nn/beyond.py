@@ -12,8 +12,9 @@ size above which the steps of a text p long come to no more than all those of a 
 decays as it did in training. `with measuring(model): model(text)`, a text of length L, tells what steps and
 decays are usual; without it no channel is global.
 
-Sources: Chen et al. 2024 (Stuffed Mamba, arXiv:2410.07145), three remedies for the collapse of a state, known
-here by its abstract and summaries, not by its equations; `every` = 1 is the paper's. Ye et al. 2025
+Sources: Chen et al. 2024 (Stuffed Mamba, arXiv:2410.07145), three remedies for the collapse of a state in its
+first version, known here by summaries, not by equations, nor by the authors' repository, which does not have
+them; `every` = 1 is the paper's. Ye et al. 2025
 (LongMamba, arXiv:2504.16053) and its code, for the filter: it knows how long a prompt is and filters all with
 τ of that length; a stream does not know, and takes τ of each token's own position.
 """

@@ -9,7 +9,7 @@ in this definition and in every faster form alike; chunk = 1 takes each at W_{t-
 `retention` r.
 
     q, k: (B, T, H, K)    v, y: (B, T, H, V)    η: (B, T, H), or one per matrix (B, T, H, ·)
-    g, m: (B, T, H), ≤ 0; g may be None    δ, called bound, for huber: (B, T, H)
+    g, m: (B, T, H), ≤ 0; g may be None    δ, called bound, for huber, l2l1: (B, T, H)
     W_i: (H, in, out), A to begin with; one row more than its input has entries is a bias. norm: (2, H, V)
     state: (W_c, A, Z, tokens so far in the chunk (B)), the first three a matrix (B, H, in, out) for each W_i
 
@@ -73,7 +73,7 @@ def axes(rule: Rule) -> dict[str, str]:
     found["lr"] = f"B T H | B T H {len(rule.shapes)}"
     found |= {} if rule.by_chunk else {"g": "B T H ?"}
     found |= {"m": "B T H"} if rule.momentum else {}
-    found |= {"bound": "B T H"} if rule.loss == "huber" else {}
+    found |= {"bound": "B T H"} if rule.bounded else {}
     return found | {"norm": "2 H V ?"}
 
 

@@ -75,6 +75,22 @@ def prefetch(typing, row, c, write):
 
 
 @small
+def soon(x, i, lo, width):
+    """x[i, lo : lo + width] will be read soon."""
+    row = x[i]
+    for c in range(lo, lo + width, LINE // x.itemsize):
+        prefetch(row, c, 0)
+
+
+@small
+def expected(x, i, lo, width):
+    """x[i, lo : lo + width] will be written soon."""
+    row = x[i]
+    for c in range(lo, lo + width, LINE // x.itemsize):
+        prefetch(row, c, 1)
+
+
+@small
 def place(task, parts, groups):
     """A task's sequence, part of the value columns and group of heads."""
     return task // (parts * groups), task // groups % parts, task % groups

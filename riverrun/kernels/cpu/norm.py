@@ -22,8 +22,10 @@ from riverrun.kernels.library import define
 
 from .blocks import TASKS, add_parts, kernel, rows, spread
 from .elementary import sigmoid, wide
+from .memory import expected, soon
 
 PLAIN, AFTER, BEFORE = 0, 1, 2  # where the gate stands
+AHEAD = 2  # rows asked for before they are needed: seven arrays are more than a CPU runs ahead in by itself
 
 
 @kernel
@@ -84,9 +86,14 @@ def _forward(first, step, x, x0, z, z0, u, u0, w, d, eps, group, place, tasks, y
     for task in range(first, tasks, step):
         for i in range(task * count // tasks, (task + 1) * count // tasks):
             now, out = x[i, x0 : x0 + W], y[i]
+            after = min(i + AHEAD, count - 1)
+            soon(x, after, x0, W)
+            expected(y, after, 0, W)
             if d.shape[0]:
+                soon(u, after, u0, W)
                 now = _skipped(now, d, u[i, u0 : u0 + W], total)
             if place != PLAIN:
+                soon(z, after, z0, W)
                 _gate(z[i, z0 : z0 + W], inner if place == BEFORE else outer)
             _normed(now, inner, n, r, group, eps[0])
             for c in range(W):
@@ -109,9 +116,17 @@ def _backward(
         skips[:] = 0
         for i in range(task * count // tasks, (task + 1) * count // tasks):
             now, g, out = x[i, x0 : x0 + W], dy[i, dy0 : dy0 + W], dx[i]
+            after = min(i + AHEAD, count - 1)
+            soon(x, after, x0, W)
+            soon(dy, after, dy0, W)
+            expected(dx, after, 0, W)
             if d.shape[0]:
+                soon(u, after, u0, W)
+                expected(du, after, 0, W)
                 now = _skipped(now, d, u[i, u0 : u0 + W], total)
             if place != PLAIN:
+                soon(z, after, z0, W)
+                expected(dz, after, 0, W)
                 _gate_and_slope(z[i, z0 : z0 + W], inner if place == BEFORE else outer, slope)
             _normed(now, inner, n, r, group, eps[0])
             for c in range(W):

@@ -10,60 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import TEXT, Doing, files, settings
 
 from riverrun.config import override
 from riverrun.models import folder
-from riverrun.training import checkpoint, prepare
+from riverrun.training import checkpoint, log, prepare
 from riverrun.training.loop import Diverged, train
 from riverrun.training.report import Silent
-from riverrun.training.settings import TrainConfig
-
-TEXT = "".join(f"It was line {n * 7919 % 1000} of a book that nobody had read. " for n in range(60))
-
-
-def settings(folder_, out, *more):
-    (folder_ / "a.txt").write_text(TEXT)
-    (folder_ / "b.txt").write_text(TEXT[::-1])
-    return override(
-        TrainConfig(),
-        [
-            *(
-                f"out={folder_ / out}",
-                f"data.files={folder_}",
-                "data.mode=stream",
-                "data.batch=4",
-                "data.length=16",
-            ),
-            *("model.width=16", "model.depth=2", "model.pattern=gated_deltanet + mamba"),
-            *("model.mixers.gated_deltanet.num_heads=2", "model.mixers.mamba.num_states=4"),
-            *(
-                "steps=11",
-                "accumulate=2",
-                "schedule.warmup=3",
-                "save_every=3",
-                "log_every=1",
-                "threads=1",
-                *more,
-            ),
-        ],
-    )
-
-
-class Doing(Silent):
-    """Does something at one step."""
-
-    def __init__(self, step, what):
-        super().__init__()
-        self.step, self.what = step, what
-
-    def show(self, numbers):
-        if numbers.step == self.step:
-            self.what()
-
-
-def files(out, step):
-    path = Path(out) / "checkpoints" / f"step-{step:08d}"
-    return {name: (path / name).read_bytes() for name in ("model.safetensors", "training.safetensors")}
 
 
 @pytest.fixture
@@ -79,7 +32,8 @@ CHILD = f"""
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_checkpoint as t
+import runs as t
+from riverrun.training.loop import train
 from riverrun.models import folder
 
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -94,7 +48,7 @@ else:
             kill()
         write(path, data)
     folder.write_bytes = half
-t.train(t.settings(Path(sys.argv[1]), "killed"), report=report)
+train(t.settings(Path(sys.argv[1]), "killed"), report=report)
 """
 
 
@@ -159,6 +113,33 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
     assert kept == ["step-00000003", "step-00000006"]
     monkeypatch.undo()
     assert train(config, resume=True, report=Silent()).step == 11
+
+
+def test_ctrl_c_does_not_wait_for_the_held_out_text(tmp_path):
+    config = settings(tmp_path, "stopped", f"evaluation.file={tmp_path / 'a.txt'}")
+    result = train(config, report=Doing(2, lambda: signal.raise_signal(signal.SIGINT)))
+    assert result.interrupted and result.score is None
+
+
+def test_random_numbers_go_on(tmp_path):
+    config = settings(tmp_path, "run")
+    training, _, tokenizer = prepare.prepare(config, resume=False)
+    torch.rand(3)
+    checkpoint.save(config, training, tokenizer)
+    following = torch.rand(1)
+    prepare.prepare(config, resume=True)
+    assert torch.equal(torch.rand(1), following)
+
+
+def test_the_clock_goes_on(run):
+    config, path = run
+    values = json.loads((path / "training.json").read_text())
+    values["progress"]["seconds"] = 1e6
+    (path / "training.json").write_text(json.dumps(values))
+    assert train(override(config, ["steps=4"]), resume=True, report=Silent()).seconds > 1e6
+    row = log.rows(config.out)[-1]
+    assert row["step"] == 4 and row["seconds"] > 1e6, "of the whole run"
+    assert row["tokens_per_second"] > 1, "of the steps since"
 
 
 def test_a_run_is_prolonged_and_decays_later(tmp_path):

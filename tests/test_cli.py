@@ -4,15 +4,19 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import accumulate, chain, cycle, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import BOOK, made, refused
 
 from riverrun import __version__, cli
+from riverrun.commands import bench, train
 from riverrun.commands.train import changed, load
 from riverrun.data.tokens import BPETokenizer
-from riverrun.mixers import MIXERS
+from riverrun.mixers import MIXERS, build
+from riverrun.training.loop import Result
 
 TINY = [
     "model.width=16",
@@ -66,6 +70,8 @@ def test_train_then_resume_then_eval_then_generate(riverrun, tmp_path):
     assert code == 0 and score["bytes"] == 500 and 0 < score["bits_per_byte"] < 9
     code, shown, _ = riverrun("eval", out / "model", book)
     assert code == 0 and f"{len(BOOK):,}" in shown
+    _, shown, _ = riverrun("eval", out / "model", book, "--limit", 500)
+    assert f"{score['bits_per_byte']:.4f}" in shown
     code, shown, said = riverrun("generate", out / "model", "-p", "It", "max_tokens=5")
     assert code == 0 and shown and "5 tokens" in said
 
@@ -83,6 +89,7 @@ def test_recipes_are_found_by_name_and_by_file(tmp_path, monkeypatch):
     for given in (["steps=6"], ["steps=6", "minutes=none"], ["minutes=none", "seed=1", "steps=6"]):
         assert (changed(timed, given).steps, changed(timed, given).minutes) == (6, None)
     monkeypatch.chdir(tmp_path)
+    assert load("tiny").out == "runs/tiny", "from the clone, wherever one stands"
     (tmp_path / "recipes").mkdir()
     recipe.rename(tmp_path / "recipes" / "mine.py")
     assert load("mine").seed == 7
@@ -144,6 +151,32 @@ def test_unforeseen_errors_are_one_line_unless_debug(riverrun, monkeypatch):
         cli.main(["mixers", "--debug"])
 
 
+def test_a_run_that_was_interrupted_ends_with_130(riverrun, monkeypatch, tmp_path):
+    ended = Result(tmp_path / "model", tmp_path / "c", 5, 80, 1.0, 2.0, None, None, interrupted=True)
+    monkeypatch.setattr(train, "train", lambda config, resume: ended)
+    code, out, err = riverrun("train", "steps=9")
+    assert (code, err) == (130, "") and "loss curve" not in out
+
+
+def test_a_second_ctrl_c_ends_with_130_and_no_word(riverrun, monkeypatch):
+    def stopped(name, **arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "command", stopped)
+    assert riverrun("mixers") == (130, "", "")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = (
+        "from riverrun import cli\n"
+        "def gone(*a, **k): raise BrokenPipeError\n"
+        "cli.command = gone\n"
+        "cli.main(['mixers'])"
+    )
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (left.returncode, left.stdout, left.stderr) == (1, b"", b"")
+
+
 def test_mixers_lists_every_row(riverrun):
     code, out, _ = riverrun("mixers", "--width", 64)
     assert code == 0 and all(f" {name} " in out for name in MIXERS)
@@ -151,6 +184,8 @@ def test_mixers_lists_every_row(riverrun):
     assert "not causal" in lines["hydra"] and "not causal" not in lines["mamba"]
     # keys and values of 64 numbers each, 4 bytes, and 12 bytes of places beside them: 1,000 steps of them
     assert abs(int(lines["attention"].split()[-1].replace(",", "")) - 1000 * 2 * 64 * 4) < 100
+    parameters = sum(p.numel() for p in build("mingru", 64).parameters())
+    assert lines["mingru"].split()[-2:] == [f"{parameters:,}", "256"]
     refused(riverrun("mixers", "gated_delta_net"), "did you mean 'gated_deltanet'?")
 
 
@@ -171,6 +206,33 @@ def test_a_device_that_is_not_there_is_refused(riverrun, model, tmp_path):
         refused(riverrun(*args), "no device 'cuda'", "there are ['cpu']")
 
 
+def test_bench_counts_the_fastest_call_after_the_first(riverrun, monkeypatch):
+    """By a clock on which the first call of each kind takes 9 seconds, and then 3, 1 and 2."""
+    now = accumulate(chain([0], cycle([9, 0, 3, 0, 1, 0, 2, 0])))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    shown = riverrun("bench", "mingru", "--width", 8, "--length", 10)[1]
+    (row,) = [line.split("│") for line in shown.splitlines() if "mingru" in line]
+    # a second for 10 steps, and for 100 decoded; 8 numbers of 4 bytes
+    assert [cell.strip() for cell in row[2:6]] == ["100000.00", "100000.00", "100", "32"]
+
+
+def test_bench_runs_backward_and_decodes_from_the_state_before(monkeypatch):
+    mixer, seen = build("mingru", 8), []
+    mixer.register_forward_hook(lambda _, given, made: seen.append((given[1:], made[1])))
+    monkeypatch.setattr(bench, "build", lambda name, width: mixer)
+    bench.measure("mingru", 8, 10, "cpu")
+    for before, now in pairwise(seen[: 1 + bench.DECODED]):
+        assert now[0][0] is before[1]
+    assert all(p.grad is not None for p in mixer.parameters())
+
+
+def test_bench_without_names_takes_what_can_decode(riverrun, monkeypatch):
+    timed = []
+    monkeypatch.setattr(bench, "measure", lambda name, *rest: timed.append(name) or (1.0, 1.0, 1.0, 1))
+    riverrun("bench")
+    assert timed == [name for name, row in MIXERS.items() if row.causal] and "hydra" not in timed
+
+
 def test_bench_times_what_is_named(riverrun):
     code, out, _ = riverrun("bench", "mingru", "--width", 16, "--length", 10)
     assert code == 0 and "mingru" in out and "mamba" not in out and "10 steps at width 16" in out
@@ -185,3 +247,4 @@ def test_doctor_examines_what_is_named(riverrun):
     refused(riverrun("doctor", "nonsense"), "no ops ['nonsense']")
     code, out, err = riverrun("doctor", "--device", "tpu")
     assert (code, out) == (2, "") and "'tpu' is neither cpu nor cuda" in " ".join(err.split())
+    assert cli.device_known("cuda:1") == "cuda:1"

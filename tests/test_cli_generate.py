@@ -1,14 +1,17 @@
 """`riverrun generate`: seeds, batches, states on disk, Ctrl-C, and what is refused."""
 
 import json
+import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import made, refused
 
 from riverrun import state as states
-from riverrun.inference.decoding import Generation
+from riverrun.commands import generate
+from riverrun.inference.decoding import Generation, Limits
 
 
 @pytest.fixture
@@ -42,6 +45,70 @@ def test_generate_goes_on_from_its_state_file(riverrun, model, tmp_path):
     second = riverrun("generate", model, "max_tokens=18", "--state", file)
     assert first[1][:-1] + second[1] == whole
     assert str(file) in first[2]
+    assert "18 tokens" in second[2] and "after 31 tokens" in second[2], "now, and since the prompt"
+    assert "state of 64 bytes" in second[2], "16 numbers of 4 bytes"
+
+
+def test_a_state_goes_on_with_another_seed_if_one_is_given(riverrun, model, tmp_path):
+    riverrun("generate", model, "-p", "a", "max_tokens=2", "--state", tmp_path / "run.state")
+    texts = [
+        riverrun("generate", model, f"start={tmp_path / 'run.state'}", "max_tokens=20", *seed)[1]
+        for seed in ([], ["seed=0"], ["seed=5"])
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_without_a_prompt_a_text_begins_as_after_an_empty_one(riverrun, model):
+    assert (
+        riverrun("generate", model, "max_tokens=9")[1]
+        == riverrun("generate", model, "-p", "", "max_tokens=9")[1]
+    )
+
+
+def test_a_text_ends_before_a_stop_string(riverrun, model):
+    text = riverrun("generate", model, "-p", "a", "max_tokens=30")[1]
+    code, cut, said = riverrun("generate", model, "-p", "a", "max_tokens=30", "--stop", text[9:12])
+    assert (code, cut) == (0, text[: text.index(text[9:12])] + "\n") and "ended by stop" in said
+
+
+def test_on_a_terminal_the_prompt_stands_before_its_text(riverrun, model, monkeypatch):
+    more = "-p", "b", "max_tokens=5"
+    one, two = riverrun("generate", model, *more)[1], riverrun("generate", model, "-p", "a", *more)[1]
+    monkeypatch.setattr(generate.sys.stdout, "isatty", lambda: True, raising=False)
+    assert riverrun("generate", model, *more)[1] == "b" + one
+    first, second, _ = two.split("\n")
+    assert riverrun("generate", model, "-p", "a", *more)[1] == f"a{first}\nb{second}\n"
+
+
+def test_ctrl_c_is_noted_once_and_is_python_s_again(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    with generate.interruption() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_settings_reach_the_run(model, monkeypatch):
+    limits = []
+
+    def seen(*given):
+        limits.append(given[3])
+        raise ValueError
+
+    monkeypatch.setattr(generate, "Generation", seen)
+    given = "max_tokens=3", "piece=5", "graph=false"
+    with pytest.raises(ValueError):
+        generate.run(Path(model), list(given), ["a"], ["z"], None, "cpu")
+    assert limits == [Limits(3, ("z",), 5, False)]
+
+
+def test_no_state_is_promised_that_cannot_be_kept(riverrun, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate.os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
+    refused(
+        riverrun("generate", model, "-p", "a", "--state", tmp_path / "run.state"), "may not be written to"
+    )
 
 
 def test_generate_begins_with_a_file_that_is_only_read(riverrun, model, tmp_path):
@@ -97,6 +164,7 @@ def test_states_of_others_are_refused(riverrun, model, tmp_path):
     riverrun("generate", model, "-p", "a", "-p", "b", "max_tokens=2", "--state", file)
     refused(riverrun("generate", other, "--state", file), "another model")
     refused(riverrun("generate", model, "-p", "a", "--state", file), "1 prompts", "2 sequences")
+    refused(riverrun("generate", model, "--state", file, "samples=2"), "samples=2", "1 when a state")
     file.write_bytes(file.read_bytes()[:-9])
     refused(riverrun("generate", model, "--state", file), "truncated or damaged")
     states.save((torch.zeros(1),), file)

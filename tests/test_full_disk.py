@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import made
-from test_checkpoint import Doing, files, settings
+from runs import Doing, files, settings
 
 from riverrun import cli
 from riverrun import state as states

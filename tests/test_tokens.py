@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inside
-from tokenizers import models
+from tokenizers import models, normalizers
 
 from riverrun.data import tokens
 from riverrun.data.tokens import BPETokenizer, ByteTokenizer
@@ -129,9 +129,33 @@ def test_wrong_tokenizers_are_refused(tmp_path):
 
 
 def test_vocabularies_that_are_not_of_bytes_are_refused(tmp_path):
-    for words in ({"a": 0, "b": 2}, {"a": 0, "漢": 1}):
+    words = dict(BPE.inner.get_vocab())
+    for wrong in (
+        {"a": 0, "b": 1},  # a text with "c" would lose it
+        {w: i for w, i in words.items() if i != 270},
+        {**words, "漢": len(words)},
+    ):
         with pytest.raises(ValueError, match="not that of a byte-level BPE"):
-            BPETokenizer(Inside(models.BPE(words, [])))
+            BPETokenizer(Inside(models.BPE(wrong, [])))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda inner: inner.add_special_tokens(["<|user|>"]), r"\['<\|user\|>'\] would be read as special"),
+        (lambda inner: inner.add_tokens(["emotion"]), r"\['emotion'\] would be read"),
+        (lambda inner: setattr(inner, "normalizer", normalizers.NFC()), "would change the text"),
+    ],
+)
+def test_what_reads_text_as_anything_else_is_refused(change, message):
+    inner = Inside.from_str(BPE.inner.to_str())
+    assert BPETokenizer(inner).encode(TEXT) == BPE.encode(TEXT)
+    change(inner)
+    with pytest.raises(ValueError, match=message):
+        BPETokenizer(inner)
+
+
+def test_files_that_are_no_tokenizers_are_refused(tmp_path):
     for text in ('{"kind": "bpe"}', '{"kind": "bpe", "tokenizers": 3}', "[]"):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match="not a readable tokenizer"):

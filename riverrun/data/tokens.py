@@ -152,10 +152,13 @@ class BPETokenizer(Tokenizer):
         self.inner, self.size = inner, inner.get_vocab_size() + 1
         letters = alphabet()
         words = {i: w for w, i in inner.get_vocab().items()}
-        if sorted(words) != list(range(len(words))) or not all(
-            set(w) <= set(letters) for w in words.values()
-        ):
-            raise ValueError("the vocabulary is not that of a byte-level BPE without special tokens")
+        whole = sorted(words) == list(range(len(words))) and letters.keys() <= set(words.values())
+        if not whole or not all(letters.keys() >= set(w) for w in words.values()):
+            raise ValueError("the vocabulary is not that of a byte-level BPE: every byte, and words of bytes")
+        if added := [token.content for token in inner.get_added_tokens_decoder().values()]:
+            raise ValueError(f"text that holds {added} would be read as special tokens; add no tokens")
+        if inner.normalizer is not None:
+            raise ValueError("a normalizer would change the text before it is read; set it to None")
         self.words = [bytes(letters[c] for c in words[i]) for i in range(len(words))]
 
     @classmethod

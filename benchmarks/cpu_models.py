@@ -12,33 +12,34 @@ transformers' weights are copied into riverrun's model; logits must agree before
 
 A training step is forward, cross-entropy, backward and fused AdamW. Prefill reads 2,048 tokens into a state.
 Decoding feeds the most likely token back, one at a time; one more row has riverrun's step compiled, as
-`riverrun generate compile=true` does, which takes some ten seconds before the first token. Each number is the
-best of several repetitions in a process of its own, and its memory is the growth of that process's peak
-resident memory over what the model and a first short run take.
+`riverrun generate compile=true` does, which takes some ten seconds before the first token. Steps of small
+models are faster on one thread, which `riverrun generate` sees to: riverrun decodes on as many threads as
+that would, transformers on one or all, whichever is faster. Each number is the best of many repetitions in
+a process of its own, both sides in turns, and its memory is the growth of that process's peak resident
+memory over what the model and a first short run take.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from cpu_peers import LAYERS, PAIRS, VOCABULARY, WIDTH, make
-from timing import alone, peak_mib, provenance, resident_mib
+from timing import Found, alone, in_turns, provenance
 from torch import Tensor
 
 from riverrun.inference.compiled import Compiled
+from riverrun.inference.decoding import step_threads
 
 LENGTHS, PREFILL, DECODE = (128, 512, 2048), 2048, 20  # tokens
 PATIENCE = 60  # seconds; a training step that would take longer is estimated, not run
-SECONDS = 1.5  # at least this long is each thing repeated, if it takes less
+SECONDS = 2.0  # at least this long is each thing repeated, if it takes less
 # Both sum in float32, in different orders: errors of some 1e-7 a sum grow through 4 layers and 200 steps to
 # about 1e-5 of the largest logit. A wrong weight or constant is off by 1e-2 or more.
 TOLERANCE = 1e-4
@@ -60,103 +61,84 @@ def agree(name: str) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-@dataclass(frozen=True)
-class Found:
-    seconds: float  # for `tokens` tokens
-    tokens: int
-    mebibytes: float
-    note: str = ""
-
-    @property
-    def speed(self) -> float:
-        return self.tokens / self.seconds
-
-
-def best(run: Callable[[], object], tokens: int, longest: int = 100) -> Found:
-    """The fastest of several runs, which the caller has warmed up, and the growth of the peak of memory."""
-    gc.collect()
-    before, seconds, started = resident_mib(), [], time.perf_counter()
-    while len(seconds) < longest and (len(seconds) < 2 or time.perf_counter() - started < SECONDS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-        if seconds[0] > 5:
-            break
-    return Found(min(seconds), tokens, max(0.0, peak_mib() - before))
-
-
-def training(name: str, side: str, T: int) -> Found:
+def training(name: str, side: str, T: int) -> Callable[[], object]:
     model, call = make(name, side)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(tokens: Tensor) -> None:
         logits, _ = call(model, tokens[:, :-1], None)
-        F.cross_entropy(logits[0], tokens[0, 1:]).backward()
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step(torch.randint(VOCABULARY, (1, 17)))
-    tokens = torch.randint(VOCABULARY, (1, T + 1))
-    return best(lambda: step(tokens), T)
+    return partial(step, torch.randint(VOCABULARY, (1, T + 1)))
 
 
-def prefill(name: str, side: str) -> Found:
+def prefill(name: str, side: str) -> Callable[[], object]:
     model, call = make(name, side)
-    with torch.no_grad():
-        call(model.eval(), torch.randint(VOCABULARY, (1, 16)), None)
-        tokens = torch.randint(VOCABULARY, (1, PREFILL))
-        return best(lambda: call(model, tokens, None), PREFILL)
+    run = torch.no_grad()(partial(call, model.eval()))
+    run(torch.randint(VOCABULARY, (1, 16)), None)
+    return partial(run, torch.randint(VOCABULARY, (1, PREFILL)), None)
 
 
-def decode(name: str, side: str, compiled: bool = False) -> Found:
+def decode(name: str, side: str, compiled: bool = False) -> Callable[[], object]:
+    """`DECODE` steps, on as many threads as `riverrun generate` would have for riverrun's model."""
     model, call = make(name, side)
+    if side == "riverrun":
+        torch.set_num_threads(step_threads(model, 1))
     with torch.no_grad():
         logits, state = call(model.eval(), torch.randint(VOCABULARY, (1, 64)), None)
-        running = Compiled(model)(state) if compiled else None
+    running = Compiled(model)(state) if compiled else None
 
-        def run() -> None:
-            nonlocal logits, state
-            for _ in range(DECODE):
-                tokens = logits[:, -1:].argmax(-1)
-                if running is None:
-                    logits, state = call(model, tokens, state)
-                else:
-                    logits = running(tokens)
+    @torch.no_grad()
+    def run() -> None:
+        nonlocal logits, state
+        for _ in range(DECODE):
+            tokens = logits[:, -1:].argmax(-1)
+            if running is None:
+                logits, state = call(model, tokens, state)
+            else:
+                logits = running(tokens)
 
-        run()
-        return best(run, DECODE)
+    run()
+    return run
 
 
-def rows(name: str, threads: int) -> list[str]:
-    """The table's rows of one model, the two sides measured in turn."""
-    lines, theirs = [], {}
+def rows(name: str, threads: int) -> Iterator[str]:
+    """The table's rows of one model."""
+    theirs: dict[int, float] = {}
+    sides = "riverrun", "transformers"
     for T in LENGTHS:
-        ours = alone(threads, training, name, "riverrun", T)
         expected = (
             theirs[T // 4] ** 2 / theirs[T // 16] if T // 16 in theirs else 0.0
         )  # a power law through the last two
-        other = None if expected > PATIENCE else alone(threads, training, name, "transformers", T)
-        theirs[T] = other.seconds if other else expected
-        lines.append(row(f"training, T = {T:,}", ours, other, expected))
-    sides = "riverrun", "transformers"
-    lines.append(row(f"prefill, T = {PREFILL:,}", *(alone(threads, prefill, name, side) for side in sides)))
-    eager, other = (alone(threads, decode, name, side) for side in sides)
-    lines.append(row("decoding", eager, other))
-    lines.append(row("decoding, riverrun compiled", alone(threads, decode, name, "riverrun", True), other))
-    return [f"| {name} {line}" for line in lines]
-
-
-def row(label: str, ours: Found, theirs: Found | None, expected: float = 0.0) -> str:
-    if theirs is None:
-        slow = ours.tokens / expected
-        return (
-            f"| {label} | {ours.speed:,.0f} | not run: a step would take about {expected:.0f} s "
-            f"| about {ours.speed / slow:,.0f} | {ours.mebibytes:,.0f} | |"
-        )
-    memory = f"{ours.mebibytes:,.0f} | {theirs.mebibytes:,.0f}"
-    return (
-        f"| {label} | {ours.speed:,.0f} | {theirs.speed:,.0f} | {ours.speed / theirs.speed:.1f} | {memory} |"
+        wanted = sides[:1] if expected > PATIENCE else sides
+        found = in_turns(*((threads, training, name, side, T) for side in wanted), seconds=SECONDS)
+        theirs[T] = found[1].seconds if found[1:] else expected
+        yield row(f"{name} | training, T = {T:,}", T, *found, expected=expected)
+    found = in_turns(*((threads, prefill, name, side) for side in sides), seconds=SECONDS)
+    yield row(f"{name} | prefill, T = {PREFILL:,}", PREFILL, *found)
+    eager, compiled, *others = in_turns(
+        (threads, decode, name, "riverrun"),
+        (threads, decode, name, "riverrun", True),
+        *((n, decode, name, "transformers") for n in sorted({1, threads})),
+        seconds=SECONDS,
     )
+    other = min(others, key=lambda found: found.seconds)
+    yield row(f"{name} | decoding", DECODE, eager, other)
+    yield row(f"{name} | decoding, riverrun compiled", DECODE, compiled, other)
+
+
+def row(label: str, tokens: int, ours: Found, theirs: Found | None = None, expected: float = 0.0) -> str:
+    speed = tokens / ours.seconds
+    if theirs is None:
+        return (
+            f"| {label} | {speed:,.0f} | not run: a step would take about {expected:.0f} s "
+            f"| about {expected / ours.seconds:,.0f} | {ours.mebibytes:,.0f} | |"
+        )
+    ratio, memory = theirs.seconds / ours.seconds, f"{ours.mebibytes:,.0f} | {theirs.mebibytes:,.0f}"
+    return f"| {label} | {speed:,.0f} | {tokens / theirs.seconds:,.0f} | {ratio:.1f} | {memory} |"
 
 
 def report(names: list[str], threads: list[int]) -> Iterator[str]:
@@ -164,8 +146,10 @@ def report(names: list[str], threads: list[int]) -> Iterator[str]:
     yield f"{provenance()}\n\ntransformers {transformers.__version__}.\n"
     yield (
         f"Width {WIDTH}, {LAYERS} layers, vocabulary {VOCABULARY:,}, batch 1, float32; transformers' PyTorch "
-        "path; the same weights on both sides. Speeds are in tokens per second. MiB is the growth of the "
-        "process's peak memory over what the model and a first short run take.\n"
+        "path; the same weights on both sides, timed in turns. Speeds are in tokens per second. MiB is the "
+        "growth of the process's peak memory over what the model and a first short run take. Decoding: "
+        "riverrun on as many threads as `riverrun generate` takes for a step (one, for models as small as "
+        "these), transformers on one thread or all, whichever is faster.\n"
     )
     for name in names:
         found = alone(1, agree, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import multiprocessing
 import platform
@@ -9,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import llvmlite.binding as llvm
 import torch
 
 from riverrun import __version__
+
+LONG = 5  # seconds, of a run that is not repeated
 
 
 def best(
@@ -64,11 +68,74 @@ def alone(threads: int, measure: Callable[..., Any], *args: Any) -> Any:
     process.start()
     its.close()
     try:
-        return mine.recv()
-    except EOFError:
-        raise SystemExit(f"{measure.__name__}{args} on {threads} threads failed; see above") from None
+        return _received(mine, measure, args)
     finally:
         process.join()
+
+
+@dataclass
+class Found:
+    """The fastest of several runs in a process, and the growth of its peak of memory, in MiB."""
+
+    seconds: float
+    mebibytes: float
+
+
+def _serve(
+    pipe: Any, threads: int, prepare: Callable[..., Callable[[], object]], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(threads)
+    run = prepare(*args)
+    gc.collect()
+    before = resident_mib()
+    pipe.send(None)
+    while True:
+        seconds, found, begun = pipe.recv(), list[float](), time.perf_counter()
+        while len(found) < 2 or time.perf_counter() - begun < seconds:
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+            if found[0] > LONG:
+                break
+        pipe.send(Found(min(found), max(0.0, peak_mib() - before)))
+
+
+def in_turns(*measured: tuple[Any, ...], seconds: float, turns: int = 4) -> list[Found]:
+    """Run each (threads, prepare, *args) in a process of its own, in turns, for `seconds` in all.
+
+    `prepare(*args)` returns what is run, after it has run once. A machine is not equally fast at all times:
+    in turns it is so for all alike. A run that takes more than `LONG` seconds is not repeated.
+    """
+    context, children = multiprocessing.get_context("fork"), []
+    found: list[Found | None] = [None] * len(measured)
+    try:
+        for threads, prepare, *args in measured:
+            mine, its = context.Pipe()
+            process = context.Process(target=_serve, args=(its, threads, prepare, tuple(args)))
+            children.append((mine, process, prepare, args))
+            process.start()
+            its.close()
+            _received(mine, prepare, args)
+        for _ in range(turns):
+            for i, (pipe, _, prepare, args) in enumerate(children):
+                before = found[i]
+                if before is None or before.seconds <= LONG:
+                    pipe.send(seconds / turns)
+                    now = _received(pipe, prepare, args)
+                    least = now.seconds if before is None else min(before.seconds, now.seconds)
+                    found[i] = Found(least, now.mebibytes)
+    finally:
+        for _, process, _, _ in children:
+            process.terminate()
+            process.join()
+    return [x for x in found if x is not None]
+
+
+def _received(pipe: Any, measure: Callable[..., Any], args: Any) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise SystemExit(f"{measure.__name__}{tuple(args)} failed; see above") from None
 
 
 def provenance() -> str:

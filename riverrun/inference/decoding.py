@@ -25,7 +25,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from riverrun.data.tokens import Tokenizer
 from riverrun.models.language import LanguageModel
@@ -58,6 +58,24 @@ class Limits:
 
 
 LIMITS, SAMPLING = Limits(), Sampling()
+
+
+def step_threads(model: nn.Module, rows: int) -> int:
+    """How many of PyTorch's threads suit a step of `rows` sequences: one for a small model on a CPU."""
+    largest = max(p.numel() for p in model.parameters())
+    alone = next(model.parameters()).device.type == "cpu" and rows * largest < ALONE
+    return 1 if alone else torch.get_num_threads()
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Inside, PyTorch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Running(Protocol):
@@ -111,7 +129,6 @@ class Generation:
     ):
         self.model, self.tokenizer, self.limits, self.sampling = model, tokenizer, limits, sampling
         self.device, self.engine = next(model.parameters()).device, engine
-        self.largest = max(p.numel() for p in model.parameters())
         tokens = (
             None if prompts is None else [tokenizer.prompt(p) if isinstance(p, str) else p for p in prompts]
         )
@@ -180,25 +197,16 @@ class Generation:
         counts = [(s.seed, s.draws) for s in rows]
         return choose(logits[:, -1], self.sampling, [s.recent for s in rows], counts)
 
-    @contextmanager
-    def _threads(self, rows: int) -> Iterator[None]:
-        """Inside, PyTorch has the threads that suit a step of so many rows."""
-        threads, few = torch.get_num_threads(), self.device.type == "cpu" and rows * self.largest < ALONE
-        torch.set_num_threads(1 if few else threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
     def _write(self, rows: list[Stream]) -> Iterator[list[str]]:
         """Draw tokens for sequences that run together, until each is finished."""
         index = {id(s): i for i, s in enumerate(self.sequences)}
         start = self.engine or partial(Plain, self.model)
-        with self._threads(len(rows)):
+        threads = step_threads(self.model, len(rows))
+        with on_threads(threads):
             running, live = start(join(rows)), set(range(len(rows)))
         try:
             for left in reversed(range(self.limits.max_tokens)):
-                with self._threads(len(rows)):
+                with on_threads(threads):
                     tokens, texts = self._draw(rows, running), [""] * len(self.sequences)
                 for i in live:
                     texts[index[id(rows[i])]] = self._take(rows[i], tokens[i], last=left == 0)
@@ -209,6 +217,7 @@ class Generation:
                         settle(rows, running.state, live)
                         rows = [rows[i] for i in sorted(live)]
                         running, live = start(join(rows)), set(range(len(rows)))
+                        threads = step_threads(self.model, len(rows))
                 yield texts
                 if not live:
                     return

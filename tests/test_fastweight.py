@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from riverrun import ops
 from riverrun.mixers import MIXERS, build
-from riverrun.recurrences.memory import LOSSES, RETENTIONS, SHAPES, Rule
+from riverrun.recurrences.memory import BOUNDED, LOSSES, RETENTIONS, SHAPES, Rule
 from riverrun.recurrences.retention import orthogonal
 from riverrun.state import leaves, tree_map
 from riverrun.testing.laws import WIDTH, laws_for
@@ -39,7 +39,7 @@ def arguments(rule, T=T, V=K, norm=True, bias=True, seed=0):
         a[name] = draw(H, *(sizes[axis] for axis in axes.split()), seed=10 + i) / 2
     a["g"] = None if rule.by_chunk else F.logsigmoid(draw(B, T, H, seed=seed + 5) + 2)
     a["m"] = F.logsigmoid(draw(B, T, H, seed=seed + 6)) if rule.momentum else None
-    a["bound"] = draw(B, T, H, seed=seed + 7).exp() if rule.bounded else None
+    a["bound"] = draw(B, T, H, seed=seed + 7).exp() if rule.loss in BOUNDED else None
     a["norm"] = torch.stack([1 + draw(H, V, seed=8) / 4, draw(H, V, seed=9) / 4]) if norm else None
     return {name: x for name, x in a.items() if x is not None}
 

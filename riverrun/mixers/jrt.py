@@ -4,7 +4,8 @@
     S_t = S_{t-1} + φ(k_t) [v_t, 1]ᵀ    [a_t, c_t] = (E + S_t)ᵀ φ(q_t)    y = W_o (a_t / c_t)
 
 All t read all of E, those of the prefix, t ≤ M, too: what stands there sees later tokens of the prefix. It
-has no next-token loss in the paper, which masks words there instead. Nothing sees later tokens beyond M.
+has no next-token loss in the paper, which masks words there instead, for a quarter of the loss in its code.
+Nothing sees later tokens beyond M.
 Source: Arora et al. 2024 (arXiv:2407.05483), and its code. The state is E + S, one matrix.
 """
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, unit, wide
 from riverrun.nn.memory import Memory
-from riverrun.recurrences.memory import Rule
+from riverrun.recurrences.memory import BOUNDED, Rule
 from riverrun.state import State
 
 VARIANTS = {"moneta": ("lp", "lq"), "yaad": ("huber", "decay"), "memora": ("l2", "softmax")}
@@ -59,7 +59,7 @@ class Miras(nn.Module):
         if rule.by_chunk:
             raise ValueError(f"retain = '{retain}' is LaCT's; Miras takes 'decay', 'lq' or 'softmax'")
         self.width, self.num_heads, self.base = width, num_heads, base
-        self.gates = ["lr", "g", *(["m"] if momentum else []), *(["bound"] if rule.bounded else [])]
+        self.gates = ["lr", "g", *(["m"] if momentum else []), *(["bound"] if rule.loss in BOUNDED else [])]
         self.inp = nn.Linear(width, 4 * width, bias=False)  # [q, k, v, z]
         self.gate = nn.Linear(width, len(self.gates) * num_heads)  # [η, g, m, δ]
         with torch.no_grad():

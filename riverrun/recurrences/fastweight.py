@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .fold import Recurrence
-from .memory import Rule, Weights, inner_loss, net, through
+from .memory import BOUNDED, Rule, Weights, inner_loss, net, through
 from .retention import begin, settle, weights
 
 FastState = tuple[Weights, Weights, Weights, Tensor]
@@ -73,7 +73,7 @@ def axes(rule: Rule) -> dict[str, str]:
     found["lr"] = f"B T H | B T H {len(rule.shapes)}"
     found |= {} if rule.by_chunk else {"g": "B T H ?"}
     found |= {"m": "B T H"} if rule.momentum else {}
-    found |= {"bound": "B T H"} if rule.bounded else {}
+    found |= {"bound": "B T H"} if rule.loss in BOUNDED else {}
     return found | {"norm": "2 H V ?"}
 
 

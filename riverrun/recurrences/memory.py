@@ -5,9 +5,8 @@
     ℓ    with e = f(k) - v    dot: -f(k)·v    l2: |e|²/2    lp: Σ |e_i|^p
          huber: |e|²/2 where |e| ≤ δ, else δ (|e| - δ/2)    l2l1: |e|²/2 where |e| ≤ δ, else δ Σ |e_i|
 
-How weights come from what gradients have added up to is `retention`. Sources: Sun et al. 2024 (TTT,
-arXiv:2407.04620) sec. 2; Behrouz et al. 2025 (Miras, arXiv:2504.13173) sec. 5, where p = 3; Zhang et al. 2025
-(LaCT, arXiv:2505.23884) sec. 3.
+How weights come from what gradients add up to is `retention`. Sources: Sun et al. 2024 (arXiv:2407.04620)
+sec. 2; Behrouz et al. 2025 (arXiv:2504.13173) sec. 5, where p = 3; Zhang et al. 2025 (arXiv:2505.23884) sec. 3.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,8 @@ SHAPES = {
     "mlp": {"W1": "I E", "W2": "J V"},
     "swiglu": {"W1": "K E", "W2": "E V", "W3": "K E"},
 }  # I and J: K and E, or one more
-LOSSES = ("dot", "l2", "lp", "huber", "l2l1")
+BOUNDED = ("huber", "l2l1")  # losses that take a δ
+LOSSES = ("dot", "l2", "lp", *BOUNDED)
 RETENTIONS = ("decay", "lq", "softmax", "norm", "muon")
 P = 3
 Weights = tuple[Tensor, ...]
@@ -50,11 +50,6 @@ class Rule:
     @property
     def shapes(self) -> dict[str, str]:
         return SHAPES[self.memory]
-
-    @property
-    def bounded(self) -> bool:
-        """Whether its loss has a bound δ."""
-        return self.loss in ("huber", "l2l1")
 
     @property
     def by_chunk(self) -> bool:
@@ -101,7 +96,5 @@ def inner_loss(rule: Rule, y: Tensor, v: Tensor, bound: Tensor | None) -> Tensor
         return square.sum(-1) / 2
     length = (square.sum(-1) + 1e-6).sqrt()
     assert bound is not None
-    beyond = bound * (length - bound / 2)
-    if rule.loss == "l2l1":
-        beyond = bound * (square + 1e-6).sqrt().sum(-1)
-    return torch.where(length <= bound, length.square() / 2, beyond)
+    beyond = length - bound / 2 if rule.loss == "huber" else (square + 1e-6).sqrt().sum(-1)
+    return torch.where(length <= bound, length.square() / 2, bound * beyond)

@@ -46,6 +46,24 @@ def test_signed_mamba_is_its_equation(float64):
         close(m(x)[0], m.out(y * z * torch.sigmoid(z)), "mamba")
 
 
+def test_signed_mamba_keeps_no_more_for_its_gradient():
+    """Not the T × E × N states: what is kept beside plain Mamba's is `low`, E × N, in and out of the op."""
+    kept = []
+    for negative in (False, True):
+        m = build("mamba", WIDTH, num_states=16, negative_eigenvalues=negative)
+        sizes = []
+
+        def note(x, sizes=sizes):
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            m(torch.randn(1, 64, WIDTH))
+        kept.append(sum(sizes))
+    states = 64 * 2 * WIDTH * 16
+    assert kept[1] - kept[0] <= 2 * states / 64 < states / 4
+
+
 def test_one_step_is_deltanet(float64):
     args = dict(num_heads=2, negative_eigenvalues=True)
     product, plain = (

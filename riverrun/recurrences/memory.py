@@ -6,7 +6,7 @@
          huber: |e|²/2 where |e| ≤ δ, else δ (|e| - δ/2)    l2l1: |e|²/2 where |e| ≤ δ, else δ Σ |e_i|
 
 How weights come from what gradients add up to is `retention`. Sources: Sun et al. 2024 (arXiv:2407.04620)
-sec. 2; Behrouz et al. 2025 (arXiv:2504.13173) sec. 5, where p = 3; Zhang et al. 2025 (arXiv:2505.23884) sec. 3.
+sec. 2; Behrouz et al. 2025 (arXiv:2504.13173) sec. 5, for p = 3; Zhang et al. 2025 (arXiv:2505.23884) sec. 3.
 """
 
 from collections.abc import Callable

@@ -20,11 +20,13 @@ from riverrun.kernels.library import define
 
 from .blocks import LANES, add_parts, block_size, kernel, rows, same_dtype, spread
 from .elementary import sigmoid, wide
-from .memory import ZERO, alive, borrowed
+from .memory import ZERO, alive, borrowed, expected, soon
 from .taps import WIDTH, backward, forward
 
 BLOCK = 512  # channels a task at most
-STRETCH = 16  # steps dealt with vector by vector, while their rows are in the cache
+# steps dealt with vector by vector, while their rows are in the cache; the next are asked for, since parts of
+# rows that lie a page apart are nothing a CPU foresees
+STRETCH = 16
 
 
 @kernel
@@ -78,6 +80,9 @@ def _sums(active, i, lo, hi, x, at, taps, bias, state, reset, y, top, left):
         if simple and t >= W - 1 and _whole(reset, i, t - W + 2, end):
             out = y[top + t : top + end, left : left + width]
             now = x[begin + t - W + 1 : begin + end, first : first + width]
+            for s in range(end, min(end + STRETCH, T)):
+                soon(x, begin + s, first, width)
+                expected(y, top + s, left, width)
             forward(out, now, taps, bias, end - t, width)
             seen += end - t
         else:
@@ -126,6 +131,7 @@ def _before_silu(u, width, dy, top, left):
     one = u.dtype.type(1)
     for t in range(u.shape[0]):
         row, g = u[t], dy[top + t, left : left + width]
+        soon(dy, min(top + t + STRETCH, dy.shape[0] - 1), left, width)
         for d in range(width):
             s = sigmoid(row[d])
             row[d] = g[d] * (s * (one + row[d] * (one - s)))
@@ -155,6 +161,8 @@ def _backward(first, step, active, x, at, w, c, state, reset, size, dy, dtail, d
             if simple and 0 <= t < end and _whole(reset, i, t + 1, end + W - 1):
                 now = x[begin + t : begin + end, at + lo : at + hi]
                 later = dy[own + t : own + end + W - 1, left:right]
+                for s in range(end, min(end + STRETCH, T)):
+                    expected(dx, begin + s, lo, hi - lo)
                 backward(dx[begin + t : begin + end, lo:hi], sums, bias, now, later, taps, end - t, hi - lo)
                 t = end
                 continue

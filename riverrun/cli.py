@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        expected = isinstance(error, ValueError | TypeError | OSError)
+        expected = isinstance(error, ValueError | OSError)
         line = " ".join(str(error).split()) or type(error).__name__
         hint = "" if expected else f" ({type(error).__name__}; --debug shows where)"
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error: {escape(line)}{hint}[/]")

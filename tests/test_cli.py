@@ -126,8 +126,12 @@ def test_odd_files_in_eval(riverrun, model, tmp_path):
     binary.write_bytes(bytes(range(256)))
     bpe, latin = tmp_path / "bpe", tmp_path / "latin"
     latin.write_bytes("café".encode("latin1"))
+    (tmp_path / "book").write_text(BOOK)
     made(bpe, tokenizer=BPETokenizer.train(BOOK, 270))
     refused(riverrun("eval", bpe, one, latin), f"{latin}: byte 3 (0xe9)", "iconv")
+    sizes = {path: path.stat().st_size for path in (one, tmp_path / "book")}
+    code, out, _ = riverrun("eval", bpe, *sizes, "--json")
+    assert code == 0 and [s["bytes"] for s in json.loads(out).values()] == list(sizes.values())
     code, out, _ = riverrun("eval", model, one, binary, "--json")
     assert code == 0 and [s["bytes"] for s in json.loads(out).values()] == [1, 256]
 
@@ -175,6 +179,18 @@ def test_a_reader_that_leaves_is_no_error():
     )
     left = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert (left.returncode, left.stdout, left.stderr) == (1, b"", b"")
+
+
+def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(run=lambda: 3))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    for policy, kept in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY") if policy is None else monkeypatch.setenv(
+            "OMP_WAIT_POLICY", policy
+        )
+        with pytest.raises(cli.typer.Exit) as ended:
+            cli.command("any")
+        assert cli.os.environ["OMP_WAIT_POLICY"] == kept and ended.value.exit_code == 3
 
 
 def test_mixers_lists_every_row(riverrun):

@@ -80,14 +80,16 @@ def test_on_a_terminal_the_prompt_stands_before_its_text(riverrun, model, monkey
     assert riverrun("generate", model, "-p", "a", *more)[1] == f"a{first}\nb{second}\n"
 
 
-def test_ctrl_c_is_noted_once_and_is_python_s_again(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+def test_ctrl_c_is_noted_once_and_is_python_s_again():
+    def mine(number, frame): ...
+
+    before = signal.signal(signal.SIGINT, mine)
     with generate.interruption() as caught:
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(signal.SIGINT, before) is mine
 
 
 def test_settings_reach_the_run(model, monkeypatch):

@@ -1,180 +1,22 @@
-"""Tools and switches on mixers that exist: episodes in one pass, tuned states, lengths beyond training."""
+"""Lengths beyond training (arXiv:2410.07145, arXiv:2504.16053): what switches keep, and what they change."""
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 
-from riverrun import cli, ops
-from riverrun.algorithms.scan import scan
 from riverrun.data.tokens import ByteTokenizer
-from riverrun.inference import tuning
 from riverrun.inference.decoding import Generation, Limits
 from riverrun.inference.sampling import Sampling
 from riverrun.mixers import MIXERS, build
-from riverrun.mixers.s5 import S5
 from riverrun.models import folder
 from riverrun.models.language import LanguageConfig, LanguageModel
 from riverrun.nn.beyond import measuring
-from riverrun.testing.laws import WIDTH, gradients, inputs, instance, laws_for
-from riverrun.testing.tolerance import close, close_all
-from riverrun.training.loss import cross_entropy
-
-# episodes in one pass: Lu et al. 2023 (arXiv:2303.03982)
-
-STEPS = 50
-CPU_IMPLS = [i for i in ops.OPS["diagonal"].impls if i != "gpu"]
-
-
-def pattern(seed, rate):
-    """(2, STEPS) flags at random; the first and the last step are among those that happen."""
-    return torch.rand(2, STEPS, generator=torch.Generator().manual_seed(seed)) < rate
-
-
-def episodes(mixer, x, start, reset):
-    """Each episode by itself, step by step: outputs and last states, put side by side."""
-    ys, ends = [], []
-    with ops.forced(diagonal="sequential"):
-        for row in range(len(x)):
-            cuts = [0, *[t for t in range(1, STEPS) if reset[row, t]], STEPS]
-            pieces, state = [], None if reset[row, 0] else start[row : row + 1]
-            for begin, end in pairwise(cuts):
-                y, last = mixer(x[row : row + 1, begin:end], state)
-                pieces.append(y)
-                state = None
-            ys.append(torch.cat(pieces, 1))
-            ends.append(last)
-    return torch.cat(ys), torch.cat(ends)
-
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("seed, rate", list(enumerate([0.0, 0.02, 0.1, 0.1, 0.5, 0.9, 1.0])))
-def test_one_pass_over_many_episodes_is_each_by_itself(impl, seed, rate, float64):
-    mixer, reset = instance(lambda: S5(WIDTH, 4)), pattern(seed, rate)
-    x = inputs(STEPS, seed).requires_grad_()
-    start = mixer(inputs(9))[1].detach().requires_grad_()
-    wanted = [x, start, *mixer.parameters()]
-    expected = episodes(mixer, x, start, reset)
-    with ops.forced(diagonal=impl):
-        found = mixer(x, start, reset)
-        slopes = gradients(list(found), wanted)
-    close_all(found, expected, f"rate {rate}")
-    close_all(slopes, gradients(list(expected), wanted), f"rate {rate}, gradient")
-    if reset[:, 0].all():
-        assert slopes[1].abs().max() == 0, "nothing passes a reset at the first step"
-
-
-def resettable(left, right):
-    """The paper's (A, b, d) ⊕ (A', b', d'): (A', b', d') where d' is set, else (A'A, A'b + b', d)."""
-    (a1, b1, d1), (a2, b2, d2) = left, right
-    cut = d2.bool()
-    return torch.where(cut, a2, a2 * a1), torch.where(cut, b2, a2 * b1 + b2), torch.where(cut, d2, d1)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_papers_operator_is_associative_and_gives_our_states(seed, float64):
-    random = torch.Generator().manual_seed(seed)
-    a = torch.complex(*torch.randn(2, 2, STEPS, 3, generator=random)) * 0.5
-    b = torch.complex(*torch.randn(2, 2, STEPS, 3, generator=random))
-    reset = pattern(seed, 0.15)
-    elements = a, b, reset[..., None].expand(a.shape).double()
-    x, y, z = (tuple(e[:, t] for e in elements) for t in (7, 8, 9))
-    for flags in range(8):  # every pattern of three
-        three = [(p[0], p[1], torch.full_like(p[2], float(flags >> i & 1))) for i, p in enumerate((x, y, z))]
-        one = resettable(resettable(three[0], three[1]), three[2])
-        close_all(one, resettable(three[0], resettable(three[1], three[2])), f"flags {flags}")
-    tree = scan(resettable, elements)
-    for impl in CPU_IMPLS:
-        close(tree[1], ops.diagonal(a, b, reset=reset, impl=impl)[0], impl)
-    fold = tuple(e[:, 0] for e in elements)
-    for t in range(1, STEPS):
-        fold = resettable(fold, tuple(e[:, t] for e in elements))
-    close(fold[1], tree[1][:, -1], "left to right")
-
-
-# states that are tuned: Xiao et al. 2025 (arXiv:2504.05097)
+from riverrun.testing.laws import WIDTH, inputs, instance, laws_for
+from riverrun.testing.tolerance import close
 
 TOKENIZER = ByteTokenizer()
-LETTERS = torch.tensor(list(b"abcdefgh"))
-
-
-def texts(count, letter=None):
-    """Documents "aaaaa", "bbbbb" and so on, each with the token that begins it."""
-    letters = LETTERS[torch.randint(len(LETTERS), (count, 1))] if letter is None else torch.tensor([[letter]])
-    return torch.cat([torch.full((count, 1), TOKENIZER.end), letters.expand(count, 5)], 1)
-
-
-@pytest.fixture(scope="module", params=["rwkv7", "gated_deltanet", "slstm"])
-def model(request):
-    """A model that has learnt the family, so it asks the first letter which text this is."""
-    torch.manual_seed(0)
-    args = {request.param: {"num_heads": 2}}
-    model = LanguageModel(LanguageConfig(TOKENIZER.size, 16, 1, request.param, args))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for _ in range(120):
-        tokens = texts(16)
-        loss = cross_entropy(model.hidden(tokens[:, :-1])[0], model.output, tokens[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.zero_grad()
-    return model
-
-
-def loss_of(model, state):
-    tokens = texts(2, ord("c"))
-    with torch.no_grad():
-        return float(cross_entropy(model.hidden(tokens[:, :-1], state)[0], model.output, tokens[:, 1:]))
-
-
-def test_a_tuned_state_knows_its_task_and_no_weight_moves(model, tmp_path, capfd):
-    weights = {name: w.clone() for name, w in model.state_dict().items()}
-    state, before = tuning.beginning(model), loss_of(model, None)
-    assert loss_of(model, state(2)) == pytest.approx(before, rel=1e-4), "zeros are where it begins"
-    losses = tuning.tune(state, model, (texts(8, ord("c")) for _ in range(60)))
-    assert len(losses) == 60 and before > 0.3  # the first letter of five is one of eight: log 8 / 5 = 0.42
-    assert loss_of(model, state(2)) < 0.2 * before
-    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-
-    path = tmp_path / "c.state"
-    tuning.save(path, state, model, TOKENIZER)
-    assert path.stat().st_size < 10_000
-    loaded = tuning.load(path, model)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), state.parameters(), strict=True))
-    run = Generation(
-        model, TOKENIZER, limits=Limits(4), sampling=Sampling(0), resume=tuning.snapshot.load(path, model)
-    )
-    assert "".join(text for (text,) in run) == "cccc"
-    folder.save(tmp_path / "model", model, TOKENIZER)
-    with pytest.raises(SystemExit):
-        cli.main(["generate", str(tmp_path / "model"), "max_tokens=4", "temperature=0", "--state", str(path)])
-    assert capfd.readouterr().out.strip() == "cccc"
-
-
-def test_another_models_state_and_states_that_are_not_zeros_are_refused(model, tmp_path):
-    path = tmp_path / "c.state"
-    tuning.save(path, tuning.beginning(model), model, TOKENIZER)
-    other = LanguageModel(model.config)
-    with pytest.raises(ValueError, match="another model"):
-        tuning.load(path, other)
-    for name in ("attention", "ttt"):
-        with pytest.raises(ValueError, match="does not begin with zeros"):
-            tuning.beginning(LanguageModel(LanguageConfig(20, 16, 1, name)))
-
-
-def test_any_mixers_state_can_be_tuned(float64):
-    mixer, x = instance(lambda: S5(WIDTH, 4)), inputs(6)
-    state = tuning.InitialState(mixer(x[:1])[1])
-    close(mixer(x, state(2))[0], mixer(x)[0], "zeros")
-    (grad,) = torch.autograd.grad(mixer(x, state(2))[0].square().sum(), list(state.parameters()))
-    assert grad.abs().max() > 0
-
-
-# lengths beyond training: arXiv:2410.07145 and arXiv:2504.16053
-
 LENGTH = 8
 SWITCHES = {
     "forget": dict(forget=1.5, insert=0.5),

@@ -52,6 +52,7 @@ def settings(tmp_path, *more):
         (["model.pattern=attention", "data.mode=stream", "model.mixers={}"], "sliding_window"),
         (["model.pattern=attention", "model.mixers={}", "evaluation.file={book}"], "give a context"),
         (["data.files="], "data.files is empty"),
+        (["model.mixers.gated_deltanet.num_heads=two"], r"\{'num_heads': 'two'\}\} cannot be built"),
         (["data.separator="], r"data\.separator is empty"),
         (["data.separator=\\n\\n"], r"'\\\\n\\\\n' stands in none of 1 files"),
         (["evaluation.limit=0"], r"evaluation\.limit = 0 must be at least 1"),

@@ -70,7 +70,10 @@ def begin(config: TrainConfig, tokenizer: Tokenizer) -> Training:
         raise ValueError(
             f"model.vocabulary = {sizes.vocabulary}, but the tokenizer has {tokenizer.size}; leave it at 0"
         )
-    model = LanguageModel(replace(sizes, vocabulary=tokenizer.size))
+    try:
+        model = LanguageModel(replace(sizes, vocabulary=tokenizer.size))
+    except TypeError as error:  # such as a word where a mixer counts
+        raise ValueError(f"model.mixers = {sizes.mixers} cannot be built: {error}") from error
     if config.evaluation.file is not None:
         check(model, config.evaluation.context)
     if model.grows and config.data.mode == "stream":

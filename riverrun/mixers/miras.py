@@ -17,13 +17,11 @@ have copied them out.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, unit, wide
-from riverrun.nn.memory import Memory
-from riverrun.recurrences.memory import BOUNDED, Rule
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, unit
+from riverrun.nn.memory import Memory, gate_map, gates
+from riverrun.recurrences.memory import Rule
 from riverrun.state import State
 
 VARIANTS = {"moneta": ("lp", "lq"), "yaad": ("huber", "decay"), "memora": ("l2", "softmax")}
@@ -59,11 +57,8 @@ class Miras(nn.Module):
         if rule.by_chunk:
             raise ValueError(f"retain = '{retain}' is LaCT's; Miras takes 'decay', 'lq' or 'softmax'")
         self.width, self.num_heads, self.base = width, num_heads, base
-        self.gates = ["lr", "g", *(["m"] if momentum else []), *(["bound"] if rule.loss in BOUNDED else [])]
         self.inp = nn.Linear(width, 4 * width, bias=False)  # [q, k, v, z]
-        self.gate = nn.Linear(width, len(self.gates) * num_heads)  # [η, g, m, δ]
-        with torch.no_grad():
-            self.gate.bias[num_heads : 2 * num_heads] += 4  # begins by forgetting 2 % a token
+        self.gate = gate_map(rule, width, num_heads)  # [η, g, m, δ]
         self.conv = ShortConv(3 * width, window)
         self.memory = Memory(rule, num_heads, K, expand, residual)
         self.norm = GatedRMSNorm(width, K, eps, shared=True)
@@ -76,11 +71,6 @@ class Miras(nn.Module):
         qkv, z = self.inp(x).split([3 * self.width, self.width], -1)
         qkv, past = self.conv(qkv, past, reset)
         q, k, v = (heads(p, self.num_heads) for p in qkv.chunk(3, -1))
-        shapes = {"g": F.logsigmoid, "m": F.logsigmoid, "bound": F.softplus, "lr": self.rate}
-        parts = zip(self.gates, wide(self.gate(x)).chunk(len(self.gates), -1), strict=True)
-        gates = {name: shapes[name](part) for name, part in parts}
-        y, learned = self.memory(unit(q), unit(k), v, gates, learned, reset)
+        found = gates(self.memory.rule, self.gate(x), self.base)
+        y, learned = self.memory(unit(q), unit(k), v, found, learned, reset)
         return self.out(self.norm(y.flatten(2), z)), (learned, past)
-
-    def rate(self, u: Tensor) -> Tensor:
-        return self.base * u.sigmoid()

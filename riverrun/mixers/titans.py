@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun.algorithms.fastweight import places
-from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, attend, carried, heads, unit, wide
+from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, attend, carried, heads, unit
 from riverrun.nn.attend import pairs
 from riverrun.nn.check import fitting
-from riverrun.nn.memory import Memory
+from riverrun.nn.memory import Memory, gate_map, gates
 from riverrun.recurrences.memory import Rule
 from riverrun.state import State
 
@@ -61,11 +61,10 @@ class Titans(nn.Module):
         self.always = nn.Parameter(torch.randn(2 * num_heads, persistent, K) * K**-0.5)
         self.query = nn.Linear(width, width, bias=False) if variant == "mac" else nn.Identity()
         self.learner = nn.Linear(width, 3 * width, bias=False)  # [q, k, v] of the memory
-        self.gate = nn.Linear(width, 3 * num_heads)  # [θ, 1 - α, η]
-        with torch.no_grad():
-            self.gate.bias[num_heads : 2 * num_heads] += 4  # begins by forgetting 2 % a token
+        rule = Rule(memory, momentum=True, chunk=chunk)
+        self.gate = gate_map(rule, width, num_heads)  # [θ, 1 - α, η]
         self.conv = ShortConv(3 * width)
-        self.memory = Memory(Rule(memory, momentum=True, chunk=chunk), num_heads, K, expand)
+        self.memory = Memory(rule, num_heads, K, expand)
         self.inner_norm = RMSNorm(width, eps)
         self.norm = RMSNorm(width, eps) if variant == "mal" else GatedRMSNorm(width, eps=eps)
         self.out = nn.Linear(width, width, bias=False)
@@ -86,9 +85,8 @@ class Titans(nn.Module):
     ) -> tuple[Tensor, State, Tensor]:
         qkv, past = self.conv(self.learner(u), past, reset)
         q, k, v = (heads(p, self.num_heads) for p in qkv.chunk(3, -1))
-        theta, keep, momentum = wide(self.gate(u)).chunk(3, -1)
-        gates = {"lr": self.base * theta.sigmoid(), "g": F.logsigmoid(keep), "m": F.logsigmoid(momentum)}
-        m, learned = self.memory(unit(q), unit(k), v, gates, learned, reset)
+        found = gates(self.memory.rule, self.gate(u), self.base)
+        m, learned = self.memory(unit(q), unit(k), v, found, learned, reset)
         return self.inner_norm(m.flatten(2)), learned, past
 
     def near(self, u: Tensor, cache: State, reset: Tensor | None) -> tuple[Tensor, State]:

@@ -5,14 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.recurrences.memory import Rule, net, through
+from riverrun.recurrences.memory import BOUNDED, Rule, net, through
 from riverrun.recurrences.retention import weights
 from riverrun.state import State, describe
 
 from .shape import wide
+
+SHAPES = {"lr": torch.sigmoid, "g": F.logsigmoid, "m": F.logsigmoid, "bound": F.softplus}
+
+
+def taken(rule: Rule) -> list[str]:
+    """The gates of a rule that forgets, in the order in which `gate_map` gives them."""
+    return ["lr", "g", *(["m"] if rule.momentum else []), *(["bound"] if rule.loss in BOUNDED else [])]
+
+
+def gate_map(rule: Rule, width: int, num_heads: int) -> nn.Linear:
+    """What all gates are made of, one number a head for each; it begins by forgetting 2 % a token."""
+    gate = nn.Linear(width, len(taken(rule)) * num_heads)
+    with torch.no_grad():
+        gate.bias[num_heads : 2 * num_heads] += 4
+    return gate
+
+
+def gates(rule: Rule, u: Tensor, base: float) -> dict[str, Tensor]:
+    """η = base · σ(u), e^g and e^m = σ(u), δ = softplus(u), each with its own part of u, by `gate_map`."""
+    names = taken(rule)
+    parts = zip(names, wide(u).chunk(len(names), -1), strict=True)
+    found = {name: SHAPES[name](part) for name, part in parts}
+    return found | {"lr": base * found["lr"]}
 
 
 class Memory(nn.Module):

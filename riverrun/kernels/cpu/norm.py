@@ -159,9 +159,10 @@ def _backward(
 
 def _given(place, x, z, w, d, u, eps):
     """What both kernels begin with."""
-    others = (part for t in (z, u) for part in rows(x if t is None else t))
+    here = rows(x)
+    gate, skip = (here if t is None else rows(t) for t in (z, u))
     d = x.new_empty(0) if d is None else d.contiguous()
-    return *rows(x), *others, w.flatten(), d, eps, w.shape[1], place, TASKS
+    return *here, *gate, *skip, w.flatten(), d, eps, w.shape[1], place, TASKS
 
 
 def _run(place, x, z, w, d, u, eps, save):
@@ -171,11 +172,8 @@ def _run(place, x, z, w, d, u, eps, save):
 
 
 def _run_backward(place, x, z, w, d, u, eps, y, dy):
-    dx, (dw, dd) = (
-        torch.empty_like(y),
-        (w.new_empty(TASKS, t) for t in (w.numel(), 0 if d is None else len(d))),
-    )
-    dz, du = (None if t is None else torch.empty_like(y) for t in (z, u))
+    dx, dz, du = (None if t is None else torch.empty_like(y) for t in (x, z, u))
+    dw, dd = (w.new_empty(TASKS, 0 if t is None else t.numel()) for t in (w, d))
     results = ((dx if t is None else t).view(-1, x.shape[-1]) for t in (dx, dz, du))
     spread(_backward, TASKS, x.numel(), *_given(place, x, z, w, d, u, eps), *rows(dy), *results, dw, dd)
     return dx, dz, add_parts(dw).view(w.shape), None if d is None else add_parts(dd), du, None

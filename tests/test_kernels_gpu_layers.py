@@ -20,7 +20,8 @@ from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.mixers.mamba2 import Mamba2
 from riverrun.mixers.rwkv7 import RWKV7
 from riverrun.models.rwkv7 import ChannelMix
-from riverrun.nn import GatedMLP, GatedRMSNorm, HeadNorm, remade, removal, rotate, scaled, shifted
+from riverrun.nn import GatedMLP, GatedRMSNorm, HeadNorm, parts, remade, removal, rotate, scaled, shifted
+from riverrun.nn.parts import padded
 from riverrun.state import leaves
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -172,6 +173,20 @@ def test_short_convolution_of_a_part(silu, dtype, bound):
         return (cpu if wider.dtype == torch.float64 else gpu)(wider[..., 3 : 3 + D], w, c, state)
 
     agree(run, (numbers(B, T, D + 8), numbers(D, W), numbers(D), numbers(B, W - 1, D)), dtype, bound)
+
+
+def test_parts_of_a_padded_map():
+    """The same parts and gradients as without rows of zeros below the weight."""
+    layer, sizes = nn.Linear(6, 21, bias=False, dtype=torch.float64), (10, 8, 3)
+    results = []
+    for run in (padded, parts):
+        x = numbers(B, T, 6).double().requires_grad_()
+        found = run(layer, x, sizes)
+        assert [p.shape[-1] for p in found] == list(sizes)
+        y = torch.cat(found, -1)
+        results.append([y, *torch.autograd.grad(y, (x, layer.weight), numbers(*y.shape).double())])
+    for a, b in zip(*results, strict=True):
+        assert float((a - b).abs().max()) < 1e-12  # sums in another order
 
 
 @dtypes

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, unit, wide
+from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 
 
@@ -51,7 +51,7 @@ class Comba(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, past = carried(self, x, state, reset, 2)
-        qkv, z, b, a = self.inp(x).split(self.sizes, -1)
+        qkv, z, b, a = parts(self.inp, x, self.sizes)
         qkv, past = self.conv(qkv, past, reset)
         q, k, v = (heads(p, self.num_heads) for p in qkv.split(self.inner, -1))
         d = self.feedback.sigmoid()[:, None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, unit
+from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, parts, unit
 from riverrun.nn.signed import write_strength
 
 
@@ -42,7 +42,7 @@ class DeltaNet(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, past = carried(self, x, state, reset, 2)
-        qkv, b = self.inp(x).split([3 * self.width, self.num_heads], -1)
+        qkv, b = parts(self.inp, x, [3 * self.width, self.num_heads])
         qkv, past = self.conv(qkv, past, reset)
         q, k, v = (heads(p, self.num_heads) for p in qkv.chunk(3, -1))
         beta = write_strength(b, self.negative_eigenvalues)

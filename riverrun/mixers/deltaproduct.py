@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, carried, head_width, heads, unit, wide
+from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.signed import write_strength
 from riverrun.nn.steps import among
@@ -60,7 +60,7 @@ class DeltaProduct(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, past = carried(self, x, state, reset, 2)
         n, H, (B, T, _) = self.num_steps, self.num_heads, x.shape
-        qkv, z, b, a = self.inp(x).split(self.sizes, -1)
+        qkv, z, b, a = parts(self.inp, x, self.sizes)
         qkv, past = self.conv(qkv, past, reset)
         q, k, v = qkv.split(self.inner, -1)
         q = (unit(heads(q, H)) * self.key_width**-0.5).repeat_interleave(n, 1)

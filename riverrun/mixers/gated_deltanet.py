@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, unit, wide
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.signed import write_strength
 
@@ -53,7 +53,7 @@ class GatedDeltaNet(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, past = carried(self, x, state, reset, 2)
-        qkv, z, b, a = self.inp(x).split(self.sizes, -1)
+        qkv, z, b, a = parts(self.inp, x, self.sizes)
         qkv, past = self.conv(qkv, past, reset)
         n = self.num_key_heads * self.key_width
         q, k, v = qkv.split([n, n, qkv.shape[-1] - 2 * n], -1)

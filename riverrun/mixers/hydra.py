@@ -23,6 +23,7 @@ from riverrun.nn import (
     both_ways,
     head_width,
     heads,
+    parts,
     previous,
     scaled,
     whole,
@@ -60,7 +61,7 @@ class Hydra(nn.Module):
 
     def forward(self, x: Tensor, state: None = None, reset: Tensor | None = None) -> tuple[Tensor, None]:
         whole(self, x, state, reset)
-        z, u, dt = self.inp(x).split(self.sizes, -1)
+        z, u, dt = parts(self.inp, x, self.sizes)
         u, *maps = F.silu(self.conv(u, reset=reset)).split(self.inner, -1)
         B, C, B_back, C_back = (heads(p, self.num_groups) for p in maps)
         values = heads(u, self.num_heads)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, unit, wide
+from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.signed import write_strength
 
@@ -60,7 +60,7 @@ class KDA(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, past = carried(self, x, state, reset, 2)
-        qkv, f, z, b = self.inp(x).split(self.sizes, -1)
+        qkv, f, z, b = parts(self.inp, x, self.sizes)
         qkv, past = self.conv(qkv, past, reset)
         q, k, v = (heads(p, self.num_heads) for p in qkv.chunk(3, -1))
         f = heads(wide(self.decay(f)) + wide(self.dt_bias), self.num_heads)

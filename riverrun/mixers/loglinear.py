@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, fitting, head_width, heads, positions, scaled, wide
+from riverrun.nn import (
+    GatedRMSNorm,
+    ShortConv,
+    carried,
+    fitting,
+    head_width,
+    heads,
+    parts,
+    positions,
+    scaled,
+    wide,
+)
 from riverrun.nn.fenwick import fenwick
 from riverrun.nn.init import log_rate, step_size_bias
 
@@ -66,7 +77,7 @@ class LogLinear(nn.Module):
         S, past, start = carried(self, x, state, reset, 3)
         S, start = fitting(self, S, x.shape[0], *self.state_shape), fitting(self, start, x.shape[0])
         position, start = positions(x, start, reset)
-        z, u, dt, level = self.inp(x).split(self.sizes, -1)
+        z, u, dt, level = parts(self.inp, x, self.sizes)
         u, past = self.conv(u, past, reset)
         u, B, C = u.split(self.inner, -1)
         u, B, C = heads(u, self.num_heads), heads(B, self.num_groups), heads(C, self.num_groups)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, scaled, wide
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, parts, scaled, wide
 from riverrun.nn.beyond import switches
 from riverrun.nn.init import log_rate, step_size_bias
 
@@ -61,7 +61,7 @@ class Mamba2(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         S, past = carried(self, x, state, reset, 2)
-        z, u, dt = self.inp(x).split(self.sizes, -1)
+        z, u, dt = parts(self.inp, x, self.sizes)
         u, past = self.conv(u, past, reset)
         u, B, C = u.split(self.inner, -1)
         u, B, C = heads(u, self.num_heads), heads(B, self.num_groups), heads(C, self.num_groups)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, carried, head_width, heads, wide
+from riverrun.nn import HeadNorm, carried, head_width, heads, parts, wide
 
 
 class MLSTM(nn.Module):
@@ -50,7 +50,7 @@ class MLSTM(nn.Module):
         self, x: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         state = carried(self, x, state, reset)
-        q, k, v, o, gates = self.inp(x).split(self.sizes, -1)
+        q, k, v, o, gates = parts(self.inp, x, self.sizes)
         q, k, v = (heads(p, self.num_heads) for p in (q * self.key_width**-0.5, k, v))
         i, f = (self.cap * torch.tanh(wide(gates + self.gate_bias) / self.cap)).chunk(2, -1)
         y, state = ops.mlstm(q, k, v, F.logsigmoid(f), i, state=state, reset=reset)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import LocalConv, head_width, heads, pooled, whole, wide
+from riverrun.nn import LocalConv, head_width, heads, parts, pooled, whole, wide
 from riverrun.nn.init import log_rate, step_size_bias
 
 
@@ -51,7 +51,7 @@ class VSSD(nn.Module):
         self, x: Tensor, state: None = None, reset: Tensor | None = None, columns: int | None = None
     ) -> tuple[Tensor, None]:
         whole(self, x, state, reset)
-        z, u, dt = self.inp(x).split(self.sizes, -1)
+        z, u, dt = parts(self.inp, x, self.sizes)
         u = F.silu(self.conv(u, columns or self.columns, reset))
         u, B, C = u.split(self.inner, -1)
         u, B, C = heads(u, self.num_heads), heads(B, self.num_groups), heads(C, self.num_groups)

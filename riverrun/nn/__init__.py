@@ -8,10 +8,11 @@ from .conv import LocalConv, ShortConv, previous
 from .lowrank import LowRank
 from .mlp import GatedMLP
 from .norm import GatedRMSNorm, HeadNorm, RMSNorm, unit
+from .parts import parts
 from .removal import removal
 from .rotary import positions, rotate
-from .selective import SelectiveScan
 from .scaled import scaled
+from .selective import SelectiveScan
 from .shape import heads, wide
 from .shift import shifted
 
@@ -34,6 +35,7 @@ __all__ = [
     "fitting",
     "head_width",
     "heads",
+    "parts",
     "pooled",
     "positions",
     "previous",

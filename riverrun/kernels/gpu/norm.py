@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .launch import DEVICE
 
+PROGRAMS = 2048  # of the backward pass: what a multiprocessor holds at once, as waits for memory are long
 WIDEST = 16384  # channels of one group, which one program holds
 
 
@@ -132,7 +133,7 @@ def _norm_backward(
 ) -> list[Tensor]:
     """Gradients of x, z, w, and with a skip those of d and u."""
     (R, M, N), tile = x.shape, _tile(x, before)
-    parts = min(triton.cdiv(R, tile["ROWS"]), max(1, 512 // M))
+    parts = min(triton.cdiv(R, tile["ROWS"]), max(1, PROGRAMS // M))
     length = triton.cdiv(triton.cdiv(R, parts), tile["ROWS"]) * tile["ROWS"]
     parts = triton.cdiv(R, length)
     dx, dz, du = _like(x), _like(z), None if u is None else _like(u)

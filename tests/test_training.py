@@ -116,6 +116,16 @@ def test_a_seed_gives_the_same_run_twice_and_parts_the_same_gradients(tmp_path):
     close(c, a, "in four parts", bound=1e-3)
 
 
+def test_a_tokenizer_smaller_than_asked_is_told(tmp_path):
+    report, notes = Silent(), []
+    report.note = notes.append
+    for size in (258, 5000):
+        change = [f"out={tmp_path / str(size)}", "data.tokenizer=bpe", f"data.size={size}", "data.length=4"]
+        train(settings(tmp_path, "steps=1", *change), report=report)
+    (told,) = [note for note in notes if "tokenizer" in note]
+    assert "and not data.size = 5000: the text has no more" in told
+
+
 def test_every_step_is_in_the_log_by_the_end(tmp_path):
     train(settings(tmp_path, "steps=5", "log_every=2"), report=Silent())
     assert [r["step"] for r in rows(tmp_path / "run")] == [2, 4, 5]

@@ -69,6 +69,9 @@ def train(config: TrainConfig, resume: bool = False, report: Report | None = Non
     report = report or Report()
     log = Log(config.out, training.progress.step)
     run = Run(config, training, batches, tokenizer, report, log)
+    if tokenizer.kind == "bpe" and tokenizer.size < config.data.size:
+        wanted = f"{tokenizer.size} tokens and not data.size = {config.data.size}"
+        report.note(f"the tokenizer has {wanted}: the text has no more pairs to join")
     if run.used is not None and run.used >= 1:
         more = f"riverrun train --resume {config.out} {'minutes' if config.steps is None else 'steps'}=..."
         report.note(f"the budget is used up at step {training.progress.step}. Give a larger one: {more}")

@@ -41,6 +41,8 @@ def block_size(width: int, rows: int, limit: int) -> int:
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """x (..., D) as (rows, R), and the column at which it begins in them: a part of a wider tensor, such as
     `split` gives, is read where it stands. Only what does not lie in rows is copied."""
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1]), 0
     x = x.reshape(-1, x.shape[-1])
     if x.is_contiguous():
         return x, 0

@@ -205,7 +205,7 @@ def _prepare(x, w, c, state, reset):
 def _run(active, x, w, c, state, reset, save):
     tasks, given = _prepare(x, w, c, state, reset)
     y, tail = _fake(x, w, c, state, reset, save)
-    spread(_forward, tasks, x.numel(), active, *given, y.flatten(0, 1), tail)
+    spread(_forward, tasks, x.numel(), active, *given, y.view(-1, y.shape[2]), tail)
     return y, tail
 
 

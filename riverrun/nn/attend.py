@@ -24,9 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from riverrun.state import State, describe
 
 from .check import head_width
-from .rotary import positions, rotate
+from .rotary import positions, rotate_all
 
 Cache = tuple[Tensor, Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 # without cuDNN's, which takes milliseconds to plan for each new length of a cache
 STEADY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -50,7 +51,7 @@ def attend(
     past, start, filled = begin(k, window) if fresh else checked(state, k, window)
     position = positions(k, past.shape[2] - start, reset)[0]
     plain = q.transpose(1, 2)
-    q, k = rotate(torch.cat([q, k], 2), position, base).split([q.shape[2], k.shape[2]], 2)
+    q, k = rotate_all((q, k), position, base)
     q = q.transpose(1, 2)
     kv, filled = append(past, filled, torch.cat([k, v], 2).transpose(1, 2), None if window else start)
     n = kv.shape[2] - T
@@ -58,13 +59,16 @@ def attend(
     if window is None:
         if always is not None:
             raise ValueError("attention: `always` is for a window; without one, every step sees every key")
-        y = read(q, kv, None if fresh and reset is None else visible(first, n, n + T))
+        if fresh and reset is None and q.is_cuda:  # past the copies that the state is
+            y = read(q, (k.transpose(1, 2), v.transpose(1, 2)), None)
+        else:
+            y = read(q, halves(q, kv), None if fresh and reset is None else visible(first, n, n + T))
         return y, (kv, first[:, -1], filled)
     ys = []
     for i in range(0, T, window):  # blocks of `window` steps see at most 2 · window - 1: linear in T
         near = first[:, i : i + window] - i
         j = i + near.shape[1]
-        seen = kv[:, :, i : n + j], visible(near, n, window)
+        seen = halves(q, kv[:, :, i : n + j]), visible(near, n, window)
         beside = None if always is None else (always, plain[:, :, i:j])
         ys.append(read(q[:, :, i:j], *seen, beside))
     last = kv[:, :, T:]
@@ -116,12 +120,18 @@ def visible(first: Tensor, n: int, window: int) -> Tensor:
     return ((steps >= low[..., None]) & (steps <= here[:, None]))[:, None]
 
 
-def read(q: Tensor, kv: Tensor, mask: Tensor | None, beside: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """(B, t, H, K) for q (B, H, t, K) and kv (B, 2G, s, K); no mask means causal with s = t.
+def halves(q: Tensor, kv: Tensor) -> Pair:
+    """Keys and values of kv (B, 2G, s, K), in the dtype of q."""
+    k, v = kv.to(q.dtype).chunk(2, 1)
+    return k, v
+
+
+def read(q: Tensor, kv: Pair, mask: Tensor | None, beside: Pair | None = None) -> Tensor:
+    """(B, t, H, K) for q (B, H, t, K) and k, v (B, G, s, K); no mask means causal with s = t.
 
     `beside` is (always, q before it was turned): one softmax, by keys that are zero for the other q.
     """
-    (k, v), K = kv.to(q.dtype).chunk(2, 1), q.shape[-1]
+    (k, v), K = kv, q.shape[-1]
     gqa = q.shape[1] != k.shape[1]
     if beside is not None and mask is not None:
         always, plain = beside
@@ -147,7 +157,8 @@ def append(past: Tensor, filled: Tensor, new: Tensor, start: Tensor | None) -> t
         return buffer[:, :, end - n : end + T], filled.fill_(end + T)
     if start is not None and n and not compiling:
         past = past[:, :, int(start.min().clamp(0, n)) :]
-    kv = torch.cat([past, new], 2)
+    alone = new.is_cuda and not n and not writable
+    kv = new if alone else torch.cat([past, new], 2)  # which copies, slowly for what is transposed
     filled = torch.full(kv.shape[:1], kv.shape[2])  # on the CPU, where reading it waits for nothing
     if not writable or n < T:
         return kv, filled

@@ -8,6 +8,8 @@ Source: Su et al. 2021 (RoFormer, arXiv:2104.09864) eq. 14-15, with halves for p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,20 @@ def positions(x: Tensor, start: Tensor | None, reset: Tensor | None) -> tuple[Te
 
 
 def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
-    """x (B, T, H, K), K even, turned by R(position), position (B, T).
+    """x (B, T, H, K), K even, turned by R(position), position (B, T)."""
+    return turned(x, *angles(x, position, base))
+
+
+def rotate_all(xs: Sequence[Tensor], position: Tensor, base: float) -> Sequence[Tensor]:
+    """Each x turned: as one tensor, or on a GPU one by one, which copies nothing."""
+    if gpu is not None and gpu.rotary.refuses(xs[0]) is None:
+        cos, sin = angles(xs[0], position, base)
+        return [turned(x, cos, sin) for x in xs]
+    return rotate(torch.cat(list(xs), 2), position, base).split([x.shape[2] for x in xs], 2)
+
+
+def angles(x: Tensor, position: Tensor, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, 1, K/2) for x, in float32 or wider.
 
     Angles are float64: in float32 the first pair at position 10⁶ would be off by 0.03 radians.
     """
@@ -33,7 +48,11 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
     rate = base ** -(torch.arange(half, dtype=torch.float64, device=x.device) / half)
     angle = position[..., None, None] * rate
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
     if gpu is not None and gpu.rotary.refuses(x) is None:
         return gpu.rotary.rotate(x, *(angle[:, :, 0].expand(*x.shape[:2], half) for angle in (cos, sin)))
     a, b = x[..., :half], x[..., half:]

@@ -167,7 +167,7 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
                 continue
     elif origin is Literal:
         for option in args:
-            if value == option or value == str(option):
+            if value == option:
                 return option
     elif origin in (list, tuple) and isinstance(value, list):
         return origin(_from_json(args[0], v, where) for v in value)
@@ -175,8 +175,9 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
         return {k: _from_json(args[1], v, where) for k, v in value.items()}
     elif kind is type(None) and value is None:
         return None
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+            return float(value)  # never NaN, with which nothing compares
     elif kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool) == isinstance(value, bool):

@@ -48,6 +48,13 @@ def test_a_limit_inside_a_character_ends_before_it(tmp_path):
         assert evaluate(model(vocabulary=bpe.size), bpe, path, limit=limit).nbytes == nbytes
 
 
+def test_bits_are_shared_among_bytes_and_not_among_tokens(tmp_path):
+    bpe = BPETokenizer.train(TEXT, 300)
+    score = evaluate(model(vocabulary=bpe.size), bpe, text_file(tmp_path, TEXT.encode()))
+    assert score.nbytes == len(TEXT) > 2 * score.tokens
+    assert math.isclose(score.bits_per_byte, score.nats / math.log(2) / len(TEXT))
+
+
 def test_growing_states_are_evaluated_with_a_context(tmp_path):
     one, path = model("attention").double(), text_file(tmp_path, TEXT[:100].encode())
     with pytest.raises(ValueError, match=r"attention grows with every token.*context=2048"):

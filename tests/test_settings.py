@@ -35,6 +35,9 @@ def test_settings_are_read_as_their_types_say():
         "7", 1000, True, ("a.txt", "b.txt"), {"mamba": {"num_states": 4, "bias": True}},
         Inner(3.0, "stable", (0.8, 0.9)),
     )  # fmt: skip
+    assert override(config, ["inner.rate=.5"]).inner.rate == 0.5
+    assert override(config, ['files=["a,b.txt"]', "inner.betas=[0.1, 1]"]).files == ("a,b.txt",)
+    assert {override(config, [f"steps={text}"]).steps for text in ("1_000", "1,000", "1000")} == {1000}
     assert override(config, ["steps=none"]).steps is None and override(config, ["steps= None "]).steps is None
     assert from_dict(Settings, to_dict(config)) == config
     assert "inner.rate" in keys(config)
@@ -64,6 +67,7 @@ def test_spaces_belong_to_text_and_to_nothing_else(monkeypatch):
         ("inner.kind=linear", "not 'cosine' or 'stable'"),
         ("loud=loudly", "not bool"),
         ("inner=3", "group of settings"),
+        ("inner.rate=nan", "'nan' is not float"),
         ("name.x=3", "has nothing inside"),
         ("nme", r"not of the form key=value; did you mean 'name'"),
         ("=3", r"not of the form key=value; there are name, steps"),
@@ -82,6 +86,9 @@ def test_wrong_settings_are_refused(setting, message):
         ({"name": "x", "inner": {"rates": 1}}, "inner has an unknown field 'rates'"),
         ({"name": 3}, "name is 3; it must be str"),
         ({"name": "x", "loud": 1}, "loud is 1; it must be bool"),
+        ({"name": "x", "steps": True}, "steps is True; it must be int or none"),
+        ({"name": "x", "inner": {"rate": True}}, "rate is True; it must be float"),
+        ({"name": "x", "inner": 3}, "inner is 3; it must be an object with the fields of Inner"),
         ([], "must be an object"),
     ],
 )

@@ -229,6 +229,29 @@ put, add, add_turned = _plain("put", False, SET), _plain("add", False, ADD), _pl
 scale_add, scale_add_turned = _scaled("scale_add", False), _scaled("scale_add_turned", True)
 
 
+def _copy(builder, out, x, to, to_step, at, at_step, n, width):
+    row, column = (cgutils.alloca_once_value(builder, word(0)) for _ in range(2))
+    with while_fits(builder, row, n, 1) as r:
+        target, source = (
+            _Matrix(builder, builder.gep(m.data, [builder.add(start, builder.mul(r, step))]), word(0))
+            for m, start, step in ((out, to, to_step), (x, at, at_step))
+        )
+        builder.store(word(0), column)
+        for lanes in (out.lanes, 1):
+            with while_fits(builder, column, width, lanes) as c:
+                target.store(source.load(word(0), c, lanes), word(0), c, lanes)
+
+
+@intrinsic
+def copy(typing, out, x, to, to_step, at, at_step, n, width):
+    """n rows of `width` numbers from x to out, each given as flat: where to begin, how far rows are apart."""
+
+    def make(context, builder, signature, args):
+        return call("copy", context, builder, signature, args, _copy)
+
+    return types.void(out, x, to, to_step, at, at_step, n, width), make
+
+
 @intrinsic
 def apart(typing):
     """Keep the function in which this stands out of its callers: less to compile again."""

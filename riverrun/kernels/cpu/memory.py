@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .gemm import SIDE as C
-from .gemm import apart
+from .gemm import apart, copy
 from .threads import FASTMATH
 
 SEGMENT = 64  # steps from one state that the forward keeps to the next
@@ -112,15 +112,18 @@ def length(t, stop, reset, i):
 
 
 @small
+def first(x, i, j, k, c):
+    """Where x[i, j, k, c] stands in memory."""
+    return ((i * x.shape[1] + j) * x.shape[2] + k) * x.shape[3] + c
+
+
+@small
 def load(block, x, i, t, h, lo, width, n, later, head):
     """x[i, t : t + n, h, lo : lo + width] into the first columns of a block; steps from `later` on of `head`
     will be asked for next."""
     apart()
     near = LINE // x.itemsize
-    for r in range(n):
-        to, row = block[r], x[i, t + r, h]
-        for c in range(width):
-            to[c] = row[lo + c]
+    copy(block, x, ZERO, block.shape[1], first(x, i, t, h, lo), x.shape[2] * x.shape[3], n, width)
     for r in range(min(n, x.shape[1] - later) if later >= 0 else 0):
         row = x[i, later + r, head]
         for c in range(0, width, near):
@@ -142,10 +145,7 @@ def expect(x, i, t, h, lo, width, n):
 def store(x, i, t, h, lo, width, n, block):
     """The inverse of `load`."""
     apart()
-    for r in range(n):
-        row, to = block[r], x[i, t + r, h]
-        for c in range(width):
-            to[lo + c] = row[c]
+    copy(x, block, first(x, i, t, h, lo), x.shape[2] * x.shape[3], ZERO, block.shape[1], n, width)
 
 
 @small
@@ -160,20 +160,14 @@ def dot(x, y, n):
 def fetch(S, x, i, h, lo, V):
     """x[i, h, :, lo : lo + V] into the corner of S."""
     apart()
-    for k in range(x.shape[2]):
-        to, row = S[k], x[i, h, k]
-        for c in range(V):
-            to[c] = row[lo + c]
+    copy(S, x, ZERO, S.shape[1], first(x, i, h, ZERO, lo), x.shape[3], x.shape[2], V)
 
 
 @small
 def keep(x, i, h, lo, V, S):
     """The inverse of `fetch`."""
     apart()
-    for k in range(x.shape[2]):
-        row, to = S[k], x[i, h, k]
-        for c in range(V):
-            to[lo + c] = row[c]
+    copy(x, S, first(x, i, h, ZERO, lo), x.shape[3], ZERO, S.shape[1], x.shape[2], V)
 
 
 @small

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from riverrun import ops
+from riverrun import nn, ops
 from riverrun.kernels.cpu.norm import rms_norm
 from riverrun.kernels.cpu.scaled import scaled
 from riverrun.nn import norm
@@ -94,6 +94,21 @@ def test_when_a_layer_runs_them(layer, monkeypatch):
     layer.float()
     assert len(calls) == 1, "forced, a few steps and float64 are PyTorch's"
     assert run(large().bfloat16()).dtype == torch.bfloat16 and len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_skips_and_scaled_heads_are_the_same_either_way(dtype):
+    """Compiled in float32, inside `forced` by operators: a few roundings apart."""
+    x, layer = large(dtype), GatedRMSNorm(WIDTH, before=True)
+    d, u = torch.randn(3), large(dtype).unflatten(-1, (3, -1))
+    steps = torch.rand(*x.shape[:2], 3)
+    found = []
+    for impls in ({}, {"outer": "chunk"}):
+        with ops.forced(**impls):
+            found.append((layer(x, x.flip(1), (d, u)), nn.scaled(u, steps)))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype == dtype
+        close(a.float(), b.float(), "one way and the other", 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_any_number_of_threads_gives_the_same_bits():

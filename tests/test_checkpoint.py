@@ -206,6 +206,13 @@ def test_a_used_budget_is_told(run):
     ]
 
 
+def test_what_a_killed_run_left_is_cleared(run):
+    left = run[1].with_name(".step-00000099.new")
+    left.mkdir()
+    train(override(run[0], ["steps=4"]), resume=True, report=Silent())
+    assert not left.exists()
+
+
 def test_a_damaged_checkpoint_is_refused(run):
     config, path = run
     for name in ("training.safetensors", "model.safetensors"):

@@ -33,6 +33,8 @@ ODD = Size(K=19, V=21, D=37, N=5, P=11)
 EVEN = Size(T=200, H=2, G=1, K=64, V=64, D=128, N=16, P=64)
 LONG = Size(B=1, T=5000, H=1, V=4, D=8)
 LONG_OPS = ("diagonal", "selective", "softmax")  # whose kernels cut time in pieces when it is long
+WIDE = Size(T=40, H=2, P=160)
+WIDE_OPS = ("elman", "lstm", "gru", "slstm")  # whose heads many programs share when they are wide
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def cases(op: str, dtype: torch.dtype, device: str) -> Iterable[tuple[str, Case]
     sizes = [(ODD, False), (ODD, True), (replace(ODD, T=1), False)]
     if torch.device(device).type == "cuda":
         sizes += [(EVEN, False), (EVEN, True)] + ([(LONG, False)] if op in LONG_OPS and not half else [])
+        sizes += [(WIDE, False)] if op in WIDE_OPS else []
     for size, extreme in sizes:
         for case in inputs.cases(op, size, seed=size.T, extreme=extreme):
             if not (half and case.form == "complex"):

@@ -184,7 +184,7 @@ def test_losses(block, monkeypatch):
 
 @on_gpu
 def test_refusals_name_the_reason():
-    x, R = torch.zeros(1, 2, 4, 1, 768, device=DEVICE), torch.zeros(4, 1, 768, 768, device=DEVICE)
+    x, R = torch.zeros(1, 2, 4, 1, 1040, device=DEVICE), torch.zeros(4, 1, 1040, 1040, device=DEVICE)
     assert "more heads" in ops.explain("lstm", x, R)
     a = torch.zeros(1, 2, 3, device=DEVICE, dtype=torch.float64)
     assert "float64" in ops.explain("diagonal", a, a)

@@ -1,4 +1,5 @@
 """Elman, LSTM, GRU and sLSTM on a GPU: a program keeps one head's recurrent weights on chip for all of time.
+Wider heads are in `wide_cells`, a step's arithmetic in `gates`.
 
 A program is (16 sequences, one head). Every step is one small matrix product a gate, h (16 × P) by R (P × P),
 on tensor cores, and the gates in float32; x of the next step is on its way meanwhile. Backward walks against
@@ -22,41 +23,16 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
+from . import wide_cells
+from .gates import advance, get, get_gates, optional, put_gates, retreat
 from .launch import DEVICE
 from .tiles import flat
 
 ROWS = tl.constexpr(16)  # sequences a program: the least that a matrix instruction takes
 WIDEST = 128  # P in half precision; half of it in float32: 128 KiB of weights
+MANY = 16  # steps
 GATES = {"elman": 1, "lstm": 4, "gru": 3, "slstm": 4}
 STATES = {"elman": 1, "lstm": 2, "gru": 1, "slstm": 4}
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
-    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-
-
-@triton.jit
-def _log_sigmoid(x):
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _get(x, at, inside):
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _gates(x, at, stride, inside, GATES: tl.constexpr):
-    """The four gates' x at one step; those a cell lacks repeat the first and are not read."""
-    x0 = _get(x, at, inside)
-    x1, x2, x3 = x0, x0, x0
-    if GATES > 1:
-        x1, x2 = _get(x, at + stride, inside), _get(x, at + 2 * stride, inside)
-    if GATES > 3:
-        x3 = _get(x, at + 3 * stride, inside)
-    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -98,7 +74,7 @@ def _biases(c, h, H, P, BP: tl.constexpr, GATES: tl.constexpr):
     c0 = tl.zeros([BP], tl.float32)
     c1, c2, c3 = c0, c0, c0
     if c is not None:
-        c0, c1, c2, c3 = _gates(c, h * P + p, H * P, p < P, GATES)
+        c0, c1, c2, c3 = get_gates(c, h * P + p, H * P, p < P, GATES)
     return c0, c1, c2, c3
 
 
@@ -125,16 +101,16 @@ def _forward(
     )
     m = tl.full([ROWS, BP], float("-inf"), tl.float32)
     if h0 is not None:
-        h = _get(h0, once, inside)
+        h = get(h0, once, inside)
         if s0 is not None:
-            s = _get(s0, once, inside)
+            s = get(s0, once, inside)
         if n0 is not None:
-            n, m = _get(n0, once, inside), _get(m0, once, inside)
-    x0, x1, x2, x3 = _gates(x, at_x, H * P, inside, GATES)
+            n, m = get(n0, once, inside), get(m0, once, inside)
+    x0, x1, x2, x3 = get_gates(x, at_x, H * P, inside, GATES)
     for t in range(T):
         at_x += GATES * H * P
         ahead = inside & (t + 1 < T)
-        next0, next1, next2, next3 = _gates(x, at_x, H * P, ahead, GATES)
+        next0, next1, next2, next3 = get_gates(x, at_x, H * P, ahead, GATES)
         if reset is not None:
             cut = tl.load(reset + b.to(tl.int64) * T + t, mask=b < B, other=0)[:, None] != 0
             h, s, n = tl.where(cut, 0.0, h), tl.where(cut, 0.0, s), tl.where(cut, 0.0, n)
@@ -145,20 +121,7 @@ def _forward(
             tl.store(ns + at_y, n, mask=inside)
             tl.store(ms + at_y, m, mask=inside)
         p0, p1, p2, p3 = _read(h, r0, r1, r2, r3, c0, c1, c2, c3, GATES, PREC)
-        if KIND == "elman":
-            h = _tanh(x0 + p0)
-        elif KIND == "lstm":
-            s = tl.sigmoid(x1 + p1) * s + tl.sigmoid(x0 + p0) * _tanh(x2 + p2)
-            h = tl.sigmoid(x3 + p3) * _tanh(s)
-        elif KIND == "gru":
-            update = tl.sigmoid(x1 + p1)
-            h = update * h + (1 - update) * _tanh(x2 + tl.sigmoid(x0 + p0) * p2)
-        else:
-            kept, write = _log_sigmoid(x1 + p1) + m, x0 + p0
-            m = tl.maximum(kept, write)
-            kept, write = tl.exp(kept - m), tl.exp(write - m)
-            s, n = kept * s + write * _tanh(x2 + p2), kept * n + write
-            h = tl.sigmoid(x3 + p3) * s / tl.where(inside, n, 1.0)
+        h, s, n, m = advance(x0, x1, x2, x3, p0, p1, p2, p3, h, s, n, m, inside, KIND)
         tl.store(y + at_y, h.to(y.dtype.element_ty), mask=inside)
         at_y += H * P
         x0, x1, x2, x3 = next0, next1, next2, next3
@@ -171,21 +134,15 @@ def _forward(
 
 
 @triton.jit
-def _optional(x, at, inside):
-    """x[at], or zeros where there is no x."""
-    return tl.zeros(at.shape, tl.float32) if x is None else _get(x, at, inside)
-
-
-@triton.jit
 def _entering(x, hs, ss, ns, ms, dy, at_x, at_y, stride, inside, KIND: tl.constexpr, GATES: tl.constexpr):
     """Everything backward reads at one step."""
-    x0, x1, x2, x3 = _gates(x, at_x, stride, inside, GATES)
-    h, dh = _get(hs, at_y, inside), _get(dy, at_y, inside)
+    x0, x1, x2, x3 = get_gates(x, at_x, stride, inside, GATES)
+    h, dh = get(hs, at_y, inside), get(dy, at_y, inside)
     s, n, m = h, h, h
     if KIND == "lstm" or KIND == "slstm":
-        s = _get(ss, at_y, inside)
+        s = get(ss, at_y, inside)
     if KIND == "slstm":
-        n, m = _get(ns, at_y, inside), _get(ms, at_y, inside)
+        n, m = get(ns, at_y, inside), get(ms, at_y, inside)
     return x0, x1, x2, x3, h, s, n, m, dh
 
 
@@ -209,8 +166,8 @@ def _backward(
     once = b[:, None] * (H * P) + head * P + p[None, :]
     at_y = row * (H * P) + head * P + p[None, :]
     at_x = row * (GATES * H * P) + head * P + p[None, :]
-    dh, ds = _optional(dh1, once, inside), _optional(ds1, once, inside)
-    dn, dm = _optional(dn1, once, inside), _optional(dm1, once, inside)
+    dh, ds = optional(dh1, once, inside), optional(ds1, once, inside)
+    dn, dm = optional(dn1, once, inside), optional(dm1, once, inside)
     x0, x1, x2, x3, h, s, n, m, dh_t = _entering(
         x, hs, ss, ns, ms, dy, at_x, at_y, H * P, inside, KIND, GATES
     )
@@ -223,55 +180,14 @@ def _backward(
         if not HOLD:
             r0, r1, r2, r3 = _matrices(R, head, H, P, BP, DOT, GATES)
         p0, p1, p2, p3 = _read(h, r0, r1, r2, r3, c0, c1, c2, c3, GATES, PREC)
-        d0, d1, d2, d3 = dh, dh, dh, dh
-        dh_direct = tl.zeros([ROWS, BP], tl.float32)
-        if KIND == "elman":
-            out = _tanh(x0 + p0)
-            d0 = dh * (1 - out * out)
-        elif KIND == "lstm":
-            write, forget = tl.sigmoid(x0 + p0), tl.sigmoid(x1 + p1)
-            z, gate = _tanh(x2 + p2), tl.sigmoid(x3 + p3)
-            out = _tanh(forget * s + write * z)
-            d3 = dh * out * gate * (1 - gate)
-            ds += dh * gate * (1 - out * out)
-            d0, d1 = ds * z * write * (1 - write), ds * s * forget * (1 - forget)
-            d2 = ds * write * (1 - z * z)
-            ds = ds * forget
-        elif KIND == "gru":
-            ask, update = tl.sigmoid(x0 + p0), tl.sigmoid(x1 + p1)
-            z = _tanh(x2 + ask * p2)
-            d1 = dh * (h - z) * update * (1 - update)
-            d2 = dh * (1 - update) * (1 - z * z)
-            d0 = d2 * p2 * ask * (1 - ask)
-            dh_direct = dh * update
-        else:
-            lf = _log_sigmoid(x1 + p1)
-            kept, write = lf + m, x0 + p0
-            top = tl.maximum(kept, write)
-            above = tl.where(kept > write, 1.0, tl.where(kept == write, 0.5, 0.0))
-            forget, put = tl.exp(kept - top), tl.exp(write - top)
-            z, gate = _tanh(x2 + p2), tl.sigmoid(x3 + p3)
-            total = tl.where(inside, forget * n + put, 1.0)
-            ratio = (forget * s + put * z) / total
-            d3 = dh * ratio * gate * (1 - gate)
-            ds += dh * gate / total
-            dn -= dh * gate * ratio / total
-            d_forget, d_put = (ds * s + dn * n) * forget, (ds * z + dn) * put
-            left = dm - d_forget - d_put
-            dm = d_forget + left * above
-            d0, d1 = d_put + left * (1 - above), dm * (1 - tl.exp(lf))
-            d2 = ds * put * (1 - z * z)
-            ds, dn = ds * forget, dn * forget
-        tl.store(dx + at_x, d0.to(dx.dtype.element_ty), mask=inside)
-        if GATES > 1:
-            tl.store(dx + at_x + H * P, d1.to(dx.dtype.element_ty), mask=inside)
-            tl.store(dx + at_x + 2 * H * P, d2.to(dx.dtype.element_ty), mask=inside)
-        if GATES > 3:
-            tl.store(dx + at_x + 3 * H * P, d3.to(dx.dtype.element_ty), mask=inside)
+        d0, d1, d2, d3, to_r, direct, ds, dn, dm = retreat(
+            x0, x1, x2, x3, p0, p1, p2, p3, h, s, n, m, dh, ds, dn, dm, inside, KIND
+        )
+        put_gates(dx, at_x, H * P, inside, d0, d1, d2, d3, GATES)
         if KIND == "gru":
-            d2 *= tl.sigmoid(x0 + p0)
-            tl.store(dq + at_y, d2.to(dq.dtype.element_ty), mask=inside)
-        dh = dh_direct + tl.dot(d0.to(DOT), r0, input_precision=PREC)
+            tl.store(dq + at_y, to_r.to(dq.dtype.element_ty), mask=inside)
+        d2 = to_r
+        dh = direct + tl.dot(d0.to(DOT), r0, input_precision=PREC)
         if GATES > 1:
             dh += tl.dot(d1.to(DOT), r1, input_precision=PREC) + tl.dot(d2.to(DOT), r2, input_precision=PREC)
         if GATES > 3:
@@ -317,6 +233,11 @@ def _run(kind: str, *args):
     x, R, c, reset, *states = (flat(v) for v in (x, R, c, reset, *states))
     y, *rest = _fake(kind, x, R, c, *states, reset, save)
     last, saved = rest[: STATES[kind]], rest[STATES[kind] :]
+    if wide(x, R):
+        wide_cells.forward(
+            kind, GATES[kind], x, R, c, _pad(states), reset, y, _pad(last), _pad(saved, 3), save
+        )
+        return y, *rest
     grid, sizes, switches, _ = _launch(kind, x, R)
     _forward[grid](
         x, R, c, *_pad(states), reset, y, *_pad(last), *_pad(saved, 3), *sizes, **switches, SAVE=save
@@ -335,13 +256,17 @@ def _run_backward(kind: str, *args):
     if reset is not None:
         hs.masked_fill_(reset.bool()[..., None, None], 0)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
-    dx, dq = torch.empty_like(x), torch.empty_like(y) if kind == "gru" else None
+    dq = torch.empty_like(y) if kind == "gru" else None
     dstates = [None if s is None else s.new_empty(s.shape) for s in states]
-    grid, sizes, switches, small = _launch(kind, x, R)
-    _backward[grid](
-        x, R, c, hs, *_pad(saved, 3), reset, dy, *_pad(dlast), dx, dq, *_pad(dstates), *sizes, **switches,
-        HOLD=small,
-    )  # fmt: skip
+    given, saved, dlast = (x, R, c, hs), _pad(saved, 3), _pad(dlast)
+    if wide(x, R):
+        dx = wide_cells.backward(kind, GATES[kind], *given, saved, reset, dy, dlast, dq, _pad(dstates))
+    else:
+        dx = torch.empty_like(x)
+        grid, sizes, switches, small = _launch(kind, x, R)
+        _backward[grid](
+            *given, *saved, reset, dy, *dlast, dx, dq, *_pad(dstates), *sizes, **switches, HOLD=small
+        )
     gates = [dx[:, :, g] if dq is None or g < 2 else dq for g in range(GATES[kind])]
     dR = torch.stack([_outer_sum(d, hs, R.dtype) for d in gates])
     dc = None if c is None else torch.stack([d.sum((0, 1), dtype=torch.float32) for d in gates]).to(c.dtype)
@@ -386,12 +311,19 @@ def _cell(kind: str, x: Tensor, R: Tensor, c: Tensor | None = None, state=None, 
 elman, lstm, gru, slstm = (partial(_cell, kind) for kind in GATES)
 
 
+def wide(x: Tensor, R: Tensor) -> bool:
+    """Whether many programs share a head: where one multiprocessor does not hold R, and where it does not
+    hold R both ways round and there are steps enough to pay for the sharing."""
+    half = x.dtype == R.dtype and x.dtype.itemsize == 2
+    P, widest = x.shape[-1], WIDEST if half else WIDEST // 2
+    return P > widest or (2 * P > widest and x.shape[1] >= MANY)
+
+
 def refuses(x: Tensor, R: Tensor) -> str | None:
-    """Why no program can hold a head of this width, or None."""
-    widest = WIDEST if x.dtype == R.dtype and x.dtype.itemsize == 2 else WIDEST // 2
-    if x.shape[-1] > widest:
+    """Why no kernel takes a head of this width, or None."""
+    if x.shape[-1] > wide_cells.WIDEST:
         return (
-            f"the recurrent weights of a head of P = {x.shape[-1]} are more than one multiprocessor holds; "
-            f"it takes at most {widest} in {x.dtype}: use more heads"
+            f"a head of P = {x.shape[-1]} has more recurrent weights than the chip holds; "
+            f"it takes at most {wide_cells.WIDEST}: use more heads"
         )
     return None

@@ -168,27 +168,48 @@ def cells(rate: float) -> None:
         x = randn(B, T, 4, H, P, dtype=dtype)
         R, c = randn(4, H, P, P, dtype=dtype) / 16, randn(4, H, P, dtype=dtype)
         ours(name, (x, R, c), (1.25 * x.nbytes, 3.75 * x.nbytes), rate)
-    net = torch.nn.LSTM(768, 768, batch_first=True).to(DEVICE, torch.bfloat16)
-    net.flatten_parameters()
-    x, name = (
-        randn(B, T, 768, dtype=torch.bfloat16),
-        "  cuDNN LSTM, full recurrence, with its input projection",
-    )
-    row(name, (B, T, 768), torch.bfloat16, both(lambda x: net(x)[0], (x,), list(net.parameters())))
-    x, R = randn(B, T, 4, 12, 64, dtype=torch.bfloat16), randn(4, 12, 64, 64, dtype=torch.bfloat16) / 16
-    start = time.perf_counter()
-    args = [v.requires_grad_() for v in (x, R)]
-    y = fold(ops.lstm.recurrence, (*args, None))[0]
-    torch.cuda.synchronize()
-    forward = time.perf_counter() - start
-    torch.autograd.grad(y, args, torch.ones_like(y))
-    torch.cuda.synchronize()
-    row(
-        "  PyTorch loop, once",
-        tuple(x.shape),
-        torch.bfloat16,
-        (1e3 * forward, 1e3 * (time.perf_counter() - start), 0),
-    )
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, gates in (("lstm", 4), ("gru", 3), ("slstm", 4), ("elman", 1)):
+            x, y = randn(B, T, gates, 1, 768, dtype=dtype), B * T * 768 * dtype.itemsize
+            R, c = randn(gates, 1, 768, 768, dtype=dtype) / 55, randn(gates, 1, 768, dtype=dtype)
+            ours(name, (x, R, c), (x.nbytes + y, 3 * x.nbytes + 3 * y), rate, note=", full recurrence")
+        for shape in ((16, 1024, 768), (8, 512, 256), (64, 1024, 768), (16, 1024, 1024)):
+            full_recurrence(shape, dtype)
+    loop(torch.bfloat16)
+
+
+def full_recurrence(shape, dtype) -> None:
+    """One head, with the input projection, beside cuDNN's networks, which have it."""
+    B, T, P = shape
+    x, W = randn(*shape, dtype=dtype), randn(4 * P, P, dtype=dtype) / P**0.5
+    R, c = randn(4, 1, P, P, dtype=dtype) / (2 * P**0.5), randn(4, 1, P, dtype=dtype)
+
+    def call(x, W, R, c):
+        return ops.lstm((x @ W.T).view(B, T, 4, 1, P), R, c, impl="gpu")[0]
+
+    row("**lstm**, full recurrence, with its input projection", shape, dtype, both(call, (x, W, R, c)))
+    for network in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN):
+        net = network(P, P, batch_first=True).to(DEVICE, dtype)
+        net.flatten_parameters()
+        times = both(lambda x: net(x)[0], (x,), list(net.parameters()))  # noqa: B023
+        row(f"  cuDNN {network.__name__}, with its input projection", shape, dtype, times)
+
+
+def loop(dtype) -> None:
+    """The definition, step by step, once, on an eighth of the steps."""
+    args = [randn(16, 128, 4, 1, 768, dtype=dtype), randn(4, 1, 768, 768, dtype=dtype) / 55]
+    args = [v.requires_grad_() for v in args]
+    for _ in range(2):  # the second counts
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        y = fold(ops.lstm.recurrence, (*args, None))[0]
+        torch.cuda.synchronize()
+        forward = time.perf_counter() - start
+        torch.autograd.grad(y, args, torch.ones_like(y))
+        torch.cuda.synchronize()
+        whole = time.perf_counter() - start
+    times = (8e3 * forward, 8e3 * whole, 0)
+    row("  PyTorch loop, 8 times 128 steps", (16, 1024, 768), dtype, times)
 
 
 def norm(rate: float) -> None:

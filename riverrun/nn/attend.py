@@ -59,18 +59,16 @@ def attend(
     if window is None:
         if always is not None:
             raise ValueError("attention: `always` is for a window; without one, every step sees every key")
-        if fresh and reset is None and q.is_cuda:  # past the copies that the state is
-            y = read(q, (k.transpose(1, 2), v.transpose(1, 2)), None)
-        else:
-            y = read(q, halves(q, kv), None if fresh and reset is None else visible(first, n, n + T))
+        whole = fresh and reset is None  # on a GPU it is read past the copies that the state is
+        seen = (k.transpose(1, 2), v.transpose(1, 2)) if whole and q.is_cuda else halves(q, kv)
+        y = read(q, seen, None if whole else visible(first, n, n + T))
         return y, (kv, first[:, -1], filled)
     ys = []
     for i in range(0, T, window):  # blocks of `window` steps see at most 2 · window - 1: linear in T
         near = first[:, i : i + window] - i
         j = i + near.shape[1]
-        seen = halves(q, kv[:, :, i : n + j]), visible(near, n, window)
         beside = None if always is None else (always, plain[:, :, i:j])
-        ys.append(read(q[:, :, i:j], *seen, beside))
+        ys.append(read(q[:, :, i:j], halves(q, kv[:, :, i : n + j]), visible(near, n, window), beside))
     last = kv[:, :, T:]
     if n <= T:
         last = last.clone()  # a view would keep all T steps in memory

@@ -178,20 +178,13 @@ def backward(
         rows[V] = 0  # the last part may be narrower than the one before it
         rows[Y] = 0
         for each in range(group):
-            fetch(ends[each], dS0, i, heads * group + each, lo, here)
+            h, dS, dn = heads * group + each, ends[each], norm_ends[each]
+            fetch(dS, dS0, i, h, lo, here)
             if norm is not None:
-                free[each] = normaliser.unused(back.S, ends[each], i, heads * group + each, lo, here)
-                if part == 0:
-                    fetch(norm_ends[each], back.dn, i, heads * group + each, ZERO, keys)
-                    free[each] += back.dm[i, heads * group + each]
-                    free[each] += normaliser.unused(
-                        norm.n_last, norm_ends[each], i, heads * group + each, ZERO, keys
-                    )
-                else:
-                    norm_ends[each, :] = 0
+                free[each] = normaliser.begin(norm, back, dS, dn, i, h, lo, here)
         for turn in range(segments * group):
             segment, each = segments - 1 - turn // group, turn % group
-            h, dS = heads * group + each, ends[each]
+            h, dS, dn = heads * group + each, ends[each], norm_ends[each]
             near, head = (0, h + 1) if each + 1 < group else (-SEGMENT, heads * group)
             start, stop = segment * SEGMENT, min(T, segment * SEGMENT + SEGMENT)
             fetch(states[0], saved, i, h * segments + segment, lo, here)
@@ -206,21 +199,7 @@ def backward(
                 kept += not fresh
                 load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, t + near, shared(k, head, H))
                 load(rows[V], v, i, t, h, lo, here, n, t + near, head)
-                if beta is not None:
-                    given(g, beta, i, t, h, n, vectors)
-                    decays(n, squares, vectors)
-                if norm is not None:
-                    normaliser.gates(
-                        g,
-                        norm.i,
-                        i,
-                        t,
-                        h,
-                        n,
-                        normaliser.last(norm.m, norm.tops, fresh, i, t, h),
-                        squares,
-                        vectors,
-                    )
+                normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
                 if beta is not None and delta:
                     gemm.transpose(columns[TURNED], rows[K], wide)
                     gemm.put(squares[KK], rows[K], columns[TURNED], (n + 3) // 4 * 4, C, wide)
@@ -232,15 +211,8 @@ def backward(
                     scale(rows[XS], rows[X] if delta else rows[V], vectors[AFTER], broad, n)
                     gemm.scale_add_turned(states[kept], S, vectors[WHOLE], rows[K], rows[XS], wide, broad, n)
                     if norm is not None:
-                        gather(
-                            norms[kept, 0],
-                            vectors[WHOLE],
-                            norms[before[blocks], 0],
-                            vectors[AFTER],
-                            rows[K],
-                            wide,
-                            n,
-                        )
+                        was = norms[before[blocks], 0]
+                        gather(norms[kept, 0], vectors[WHOLE], was, vectors[AFTER], rows[K], wide, n)
                 blocks += 1
                 t += n
             for which in range(blocks - 1, -1, -1):
@@ -255,21 +227,7 @@ def backward(
                 if which < blocks - 1:
                     load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
                     load(rows[V], v, i, t, h, lo, here, n, MINUS_ONE, ZERO)
-                    if beta is not None:
-                        given(g, beta, i, t, h, n, vectors)
-                        decays(n, squares, vectors)
-                    if norm is not None:
-                        normaliser.gates(
-                            g,
-                            norm.i,
-                            i,
-                            t,
-                            h,
-                            n,
-                            normaliser.last(norm.m, norm.tops, fresh, i, t, h),
-                            squares,
-                            vectors,
-                        )
+                    normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
                     if beta is not None and delta:
                         load(rows[X], found, ZERO, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
                         load(rows[E], found, ONE, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
@@ -283,18 +241,16 @@ def backward(
                     normaliser.undivide(norm.sums, i, t, h, n, here, rows, vectors)
                     gradients(
                         delta, fresh, n, wide, broad, rows, columns, squares, vectors,
-                        S, dS, dg, None, at, t, h, norms[before[which], 0], norm_ends[each, 0], back.di,
+                        S, dS, dg, None, at, t, h, norms[before[which], 0], dn[0], back.di,
                     )  # fmt: skip
                     free[each] = normaliser.route(
-                        g, norm.i, dg, back.di, free[each], i, at, t, h, n,
-                        normaliser.last(norm.m, norm.tops, fresh, i, t, h), vectors,
-                    )  # fmt: skip
+                        g, norm, dg, back.di, free[each], fresh, i, at, t, h, n, vectors
+                    )
                 store(dq, at, t, h, ZERO, keys, n, rows[DQ])
                 store(dk, at, t, h, ZERO, keys, n, rows[DK])
                 store(dv, i, t, h, lo, here, n, rows[DX])
                 if fresh:
-                    dS[:] = 0
-                    norm_ends[each, :] = 0
+                    dS[:], dn[:] = 0, 0
                     free[each] = 0
         for each in range(group):
             keep(dS0, i, heads * group + each, lo, here, ends[each])

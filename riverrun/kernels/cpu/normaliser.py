@@ -29,7 +29,7 @@ from .elementary import exp
 from .gemm import SIDE as C
 from .gemm import apart
 from .head import AFTER, BETA, FREE, OWN, PSUM, QK, SEEN, SUM, TOP, WHOLE, E, K, P, Q, Y
-from .memory import dot, small
+from .memory import ZERO, dot, fetch, small
 
 
 class Norm(NamedTuple):
@@ -91,6 +91,16 @@ def last(first, every, fresh, b, t, h):
 
 
 @small
+def again(g, beta, norm, fresh, b, t, h, n, squares, vectors):
+    """Decays of a block that the forward has been through, of any of the three memories."""
+    if beta is not None:
+        head.given(g, beta, b, t, h, n, vectors)
+        head.decays(n, squares, vectors)
+    if norm is not None:
+        gates(g, norm.i, b, t, h, n, last(norm.m, norm.tops, fresh, b, t, h), squares, vectors)
+
+
+@small
 def floor(m, s):
     """e^{-m_s}, at most e^60 as the definition has it and never 0, which nothing can be divided by."""
     return max(exp(min(-m[s], m.dtype.type(60))), np.finfo(m.dtype).tiny)
@@ -133,6 +143,18 @@ def unused(S, dS, b, h, lo, V):
 
 
 @small
+def begin(norm, back, dS, dn, b, h, lo, V):
+    """Load dn; the gradient of the last m that is not S's and n's. All but S's is the first part's."""
+    free = unused(back.S, dS, b, h, lo, V)
+    dn[:] = 0
+    if lo == 0:
+        keys = norm.n.shape[3]
+        fetch(dn, back.dn, b, h, ZERO, keys)
+        free += back.dm[b, h] + unused(norm.n_last, dn, b, h, ZERO, keys)
+    return free
+
+
+@small
 def undivide(sums, b, t, h, n, broad, rows, vectors):
     """From rows[Y] = dy and rows[E] = y to the gradients of what was divided and of d, and what reaches m."""
     apart()
@@ -149,9 +171,9 @@ def undivide(sums, b, t, h, n, broad, rows, vectors):
 
 
 @small
-def route(f, i, df, di, free, b, at, t, h, n, m, vectors):
+def route(f, norm, df, di, free, fresh, b, at, t, h, n, vectors):
     """Add what reaches the maximum to df and di, from `free` at the block's end; return it at its start."""
-    apart()
+    i, m = norm.i, last(norm.m, norm.tops, fresh, b, t, h)
     for s in range(n - 1, -1, -1):
         free += vectors[FREE, s]
         kept, new = f[b, t + s, h, 0] + (vectors[TOP, s - 1] if s else m), i[b, t + s, h, 0]

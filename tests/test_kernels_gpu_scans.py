@@ -10,6 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 
 from riverrun import doctor, ops
+from riverrun.kernels import gpu
 from riverrun.kernels.gpu import KERNELS, norm, swiglu
 from riverrun.kernels.gpu import loss as gpu_loss
 from riverrun.kernels.gpu.launch import DEVICE
@@ -188,6 +189,13 @@ def test_refusals_name_the_reason():
     assert "more heads" in ops.explain("lstm", x, R)
     a = torch.zeros(1, 2, 3, device=DEVICE, dtype=torch.float64)
     assert "float64" in ops.explain("diagonal", a, a)
+
+
+def test_signed_decays_in_float32_are_refused():
+    x, A, B = torch.zeros(1, 2, 3), -torch.ones(3, 4), torch.zeros(1, 2, 4)
+    assert "beyond the bound" in gpu.refuses("selective", (x, x, A, B, B, A))
+    assert gpu.refuses("selective", (x, x, A, B, B, None)) is None
+    assert gpu.refuses("selective", (x.bfloat16(), x, A, B, B, A)) is None
 
 
 @on_gpu

@@ -149,20 +149,15 @@ def pair_share(
 
 @triton.jit
 def fade(
-    sums, end, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
+    sums, last, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
     READER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """For readers e^{G - G_C}, EARLY with G before each step, `end` being e^{-G_C}; for writers e^{G_C - G},
-    `end` being G_C.
-
-    Made as `operand` and `fading` make the same factors: dg is what is left when pairs cancel, and they
-    cancel only if what weighs them is the same to the last bit.
-    """
+    """e^{G - G_C}, EARLY with G before each step, or for writers e^{G_C - G}."""
     if EARLY:
         G = shifted(sums, start, T, cols, WIDTH, STRIDE, C)
     else:
         G = tile(sums, start, T, cols, WIDTH, STRIDE, C)
-    return tl.exp(G) * end[None, :] if READER else tl.exp(end[None, :] - G)
+    return tl.exp(G - last[None, :] if READER else last[None, :] - G)
 
 
 @triton.jit
@@ -243,9 +238,9 @@ def gradients(
         d += pair_share(Pa, N, z, gi, 0, 0, False, C, STRONG, CT, PREC)
         e += pair_share(Pw, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
     if MILD:
-        d *= fade(sums, over, start, T, cols, K, H * K, C, True, SHIFT == 1)
+        d *= fade(sums, last, start, T, cols, K, H * K, C, True, SHIFT == 1)
         if RULE != "outer":
-            e *= fade(sums, over, start, T, cols, K, H * K, C, True, LATE == 1)
+            e *= fade(sums, last, start, T, cols, K, H * K, C, True, LATE == 1)
     qf = heads(q, batch, T, h, start, cols, H, R, K, C)
     kf = heads(k, batch, T, h, start, cols, H, R, K, C)
     if dg is not None:

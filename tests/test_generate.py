@@ -163,8 +163,9 @@ def test_memory_is_the_same_after_1000_and_20000_tokens():
             sizes.append(sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor))
     assert stream.read == 20_001 and len(stream.recent) == 64
     assert sizes[0] == sizes[1]  # of all tensors of the process, the state among them
-    # 19,000 steps that each kept as little as their logits (1 KB) would show as 19 MB; allocators wander less
-    assert resident[1] - resident[0] < 4_000_000
+    # 19,000 steps that each kept as little as their logits (1 KB) would show as 19 MB; allocators wander by
+    # less, up to 9 MB in a process of 1.4 GB
+    assert resident[1] - resident[0] < 15_000_000
 
 
 def test_a_long_prompt_is_read_in_pieces():

@@ -56,6 +56,7 @@ MIXERS: dict[str, Row] = {
         golden="comba.safetensors",
         good="language: it overwrites by key and forgets by gate, each as strongly as it learns to",
         bad="cost per step, against Gated DeltaNet",
+        slow="on a GPU at width 256 launches take the time: convolutions, norms and maps to one op",
     ),
     "deltanet": Row(
         "DeltaNet",
@@ -146,6 +147,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors' code runs on GPUs only",
         good="doing with few parameters: the forget gate is the key",
         bad="recall, which that tie costs",
+        slow="on a CPU at width 256 its maps and gates take as much again as its op, which is compiled",
     ),
     "hydra": Row(
         "Hydra",
@@ -294,6 +296,7 @@ MIXERS: dict[str, Row] = {
         golden=BY_EQUATION + "the authors published no code",
         good="many related series: it selects among channels as well as among times",
         bad="speed: its second scan walks over channels at every time",
+        slow="on a GPU at width 256 launches take the time: two scans, convolutions and averages of blocks",
     ),
     "mesanet": Row(
         "MesaNet",
@@ -333,6 +336,7 @@ MIXERS: dict[str, Row] = {
         golden="mlstm.safetensors",
         good="letting a late, important token outweigh all earlier ones",
         bad="tracking states, as all sums are",
+        slow="on a CPU at width 256 its maps, norm and gate take more than its op, which is compiled",
     ),
     "mom": Row(
         "MoM",
@@ -424,6 +428,7 @@ MIXERS: dict[str, Row] = {
         compiles=False,  # unless masked: how many tokens a partition gets is data,
         good="a state that grows without parameters and without work per token",
         bad="speed: tokens are sorted into their partitions, and out again",
+        slow="on a GPU at width 256 launches take the time: rows are chosen, gathered and put back",
     ),
     "titans": Row(
         "Titans",
@@ -477,5 +482,6 @@ MIXERS: dict[str, Row] = {
         golden="xlstm.safetensors",
         good="language in blocks without an MLP: a wide mLSTM behind a short convolution",
         bad="speed, against the narrower mlstm",
+        slow="maps of twice the width, a convolution and a gate around an op that is compiled",
     ),
 }

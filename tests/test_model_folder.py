@@ -6,27 +6,12 @@ import shutil
 
 import pytest
 import torch
+from small_models import build, text
 
 from riverrun.config import to_dict
 from riverrun.data.tokens import BPETokenizer, ByteTokenizer
-from riverrun.mixers import MIXERS
 from riverrun.models import folder
-from riverrun.models.language import LanguageConfig, LanguageModel
-from riverrun.models.pattern import layers
 from riverrun.testing.tolerance import close
-
-SMALL = {"gated_deltanet": {"num_heads": 2}, "mamba": {"num_states": 4}}
-
-
-def build(pattern="gated_deltanet + mamba", **sizes) -> LanguageModel:
-    torch.manual_seed(0)
-    names = set(layers(pattern, 8))
-    given = {"vocabulary": 50, "width": 16, "depth": 2, **sizes}
-    return LanguageModel(LanguageConfig(pattern=pattern, mixers={n: MIXERS[n].small for n in names}, **given))
-
-
-def text(T, B=2):
-    return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(T))
 
 
 @pytest.fixture

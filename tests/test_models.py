@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import build, text
 
 from riverrun import state as states
 from riverrun.mixers import MIXERS
@@ -10,19 +11,7 @@ from riverrun.models.language import LanguageConfig, LanguageModel
 from riverrun.models.pattern import layers
 from riverrun.testing.tolerance import close
 
-SMALL = {"gated_deltanet": {"num_heads": 2}, "mamba": {"num_states": 4}}
 LANGUAGE = [name for name, row in MIXERS.items() if row.causal and row.state != "none"]
-
-
-def build(pattern="gated_deltanet + mamba", **sizes) -> LanguageModel:
-    torch.manual_seed(0)
-    names = set(layers(pattern, 8))
-    given = {"vocabulary": 50, "width": 16, "depth": 2, **sizes}
-    return LanguageModel(LanguageConfig(pattern=pattern, mixers={n: MIXERS[n].small for n in names}, **given))
-
-
-def text(T, B=2):
-    return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(T))
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

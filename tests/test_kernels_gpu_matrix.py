@@ -29,6 +29,8 @@ from riverrun.kernels.gpu import outer as gpu_outer  # noqa: E402
 from riverrun.kernels.gpu import plan, step  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the definition runs on the CPU, and so do the other workers
 FORWARD = {"outer": gpu_outer._forward, "mlstm": gpu_outer._mlstm_forward, "delta": gpu_delta._forward,
            "dplr": gpu_dplr._forward}  # fmt: skip
 BACKWARD = {"outer": gpu_outer._backward, "mlstm": gpu_outer._mlstm_backward, "delta": gpu_delta._backward,
@@ -38,9 +40,9 @@ FORMS = ["outer", "outer-head", "outer-key", "outer-bonus", "outer-key-bonus", "
          "delta", "delta-head", "delta-key", "dplr"]  # fmt: skip
 
 
-def inputs(form: str, B=1, T=70, G=1, H=2, K=16, V=16, strength=1.0, seed=0):
-    """The arguments of a form's op in float64; keys have length one where a correction needs it to be
-    stable."""
+def inputs(form: str, B=1, T=70, G=1, H=2, K=16, V=16, strength=1.0, seed=0, length=1.0):
+    """The arguments of a form's op in float64; keys have length one, if no other is asked for, where a
+    correction needs it to be stable."""
     make = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -49,7 +51,7 @@ def inputs(form: str, B=1, T=70, G=1, H=2, K=16, V=16, strength=1.0, seed=0):
     rule = form.split("-")[0]
     G = H if rule == "dplr" else G
     q, k, v = normal(B, T, G, K), normal(B, T, G, K), normal(B, T, H, V)
-    k = torch.nn.functional.normalize(k, dim=-1) if rule in ("delta", "dplr") else k
+    k = length * torch.nn.functional.normalize(k, dim=-1) if rule in ("delta", "dplr") else k
     g = None
     if "head" in form:
         g = -strength * normal(B, T, H).abs()
@@ -62,7 +64,7 @@ def inputs(form: str, B=1, T=70, G=1, H=2, K=16, V=16, strength=1.0, seed=0):
         return q, k, v, -normal(B, T, H).abs(), 3 * normal(B, T, H)
     if rule == "delta":
         return q, k, v, 2 * torch.rand(B, T, H, generator=make, dtype=torch.float64), g
-    b = torch.nn.functional.normalize(normal(B, T, H, K), dim=-1)
+    b = length * torch.nn.functional.normalize(normal(B, T, H, K), dim=-1)
     return q, k, v, g, -b * torch.rand(B, T, H, 1, generator=make, dtype=torch.float64), b
 
 
@@ -198,11 +200,31 @@ def test_half_rows_that_are_not_aligned(form, K, V):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
-@pytest.mark.parametrize("form", ["outer-head", "outer-key", "mlstm", "delta-head", "delta-key", "dplr"])
+@pytest.mark.parametrize(
+    "form", ["outer-head", "outer-key", "mlstm", "delta", "delta-head", "delta-key", "dplr"]
+)
 @pytest.mark.parametrize("reset", [False, True])
-def test_half_parts(form, reset, monkeypatch):
+@pytest.mark.parametrize("width", [64, 128])
+def test_half_parts(form, reset, width, monkeypatch):
     monkeypatch.setattr(plan.Inputs, "parts", property(lambda self: 3))
-    compare(form, dtype=torch.bfloat16, bound=2e-2, T=450, K=64, V=64, reset=reset)
+    compare(form, dtype=torch.bfloat16, bound=2e-2, T=450, K=width, V=width, reset=reset)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
+@pytest.mark.parametrize("form", ["delta", "delta-head", "delta-key", "dplr"])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_half_many_heads(form, reset, width, monkeypatch):
+    """More heads than multiprocessors: walks hold more values a program."""
+    monkeypatch.setattr(plan, "processors", lambda device: 0)
+    compare(form, dtype=torch.bfloat16, bound=2e-2, T=330, K=width, V=width, reset=reset)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")
+@pytest.mark.parametrize("form", ["delta", "delta-head", "delta-key", "dplr"])
+def test_half_long_keys(form):
+    """Inverses whose numbers leave float16's range, in which they are made first."""
+    compare(form, dtype=torch.bfloat16, bound=2e-2, T=6, K=64, V=64, strength=0.01, length=30.0)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not multiply bfloat16")

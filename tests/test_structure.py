@@ -118,9 +118,6 @@ def test_sizes(path):
         if not isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         length = f.end_lineno - f.lineno + 1
-        if (path.name, f.name) == ("gradients.py", "gradients"):  # docs/decisions.md says why
-            assert length <= 150
-            continue
         assert length <= function_limit, f"{f.name} has {length} lines; at most {function_limit}"
         if not path.is_relative_to(ROOT / "kernels"):
             count = (

@@ -61,10 +61,9 @@ def vector(x, start, T, STRIDE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def decays(G, start, T, rows, STRIDE: tl.constexpr):
-    """Per-head G at the chunk's `rows`: past T the last one, before the chunk 0."""
-    at = tl.minimum(rows, (T - 1 - start).to(tl.int32))
-    return tl.load(G + start * STRIDE + at * STRIDE, mask=rows >= 0, other=0.0)
+def decays(G, N, rows, C: tl.constexpr):
+    """Per-head G (B·H·chunks, C) at these rows of chunk N: past T the last one, before the chunk 0."""
+    return tl.load(G + N * C + rows, mask=rows >= 0, other=0.0)
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def segments(seg, start, T, C: tl.constexpr):
 
 
 @triton.jit
-def rates(G, lw, seg, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr):
+def rates(G, lw, lr, seg, N, start, T, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr):
     """Per step: what the state before the chunk weighs where it is read for y (SHIFT: before the step's own
     decay) and where it is corrected, what a write weighs in the state after the chunk; and what is left of
     the former in the latter. Decays per head, write weights and segments only: those per key are in the
@@ -96,23 +95,23 @@ def rates(G, lw, seg, start, T, H: tl.constexpr, C: tl.constexpr, DECAY: tl.cons
     i = tl.arange(0, C)
     reach, leave, through = tl.full((C,), 1.0, tl.float32), tl.full((C,), 1.0, tl.float32), 1.0
     if seg is not None:
-        number, before, final = segments(seg, start, T, C)
-        reach, leave = tl.where(number == before, 1.0, 0.0), tl.where(number == final, 1.0, 0.0)
-        through = tl.where(final == before, 1.0, 0.0)
+        number, before, after = segments(seg, start, T, C)
+        reach, leave = tl.where(number == before, 1.0, 0.0), tl.where(number == after, 1.0, 0.0)
+        through = tl.where(after == before, 1.0, 0.0)
     read = reach
     if DECAY == 1:
-        Gi = decays(G, start, T, i, H)
-        end = tl.load(G + (start + tl.minimum(C - 1, (T - 1 - start).to(tl.int32))) * H)
-        read *= tl.exp(decays(G, start, T, i - 1, H)) if SHIFT == 1 else tl.exp(Gi)
+        Gi, end = row(G, N, C), tl.load(G + N * C + C - 1)
+        gap = decays(G, N, i - 1, C) if SHIFT == 1 else Gi
+        read *= tl.exp(gap + vector(lr, start, T, 1, C)) if lr is not None else tl.exp(gap)
         reach *= tl.exp(Gi)
-        leave *= tl.exp(end - Gi + vector(lw, start, T, H, C)) if lw is not None else tl.exp(end - Gi)
+        leave *= tl.exp(end - Gi + vector(lw, start, T, 1, C)) if lw is not None else tl.exp(end - Gi)
         through *= tl.exp(end)
     return read, reach, leave, through
 
 
 @triton.jit
 def edge(
-    G, lw, seg, start, T, rows, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
+    G, lw, seg, N, start, T, rows, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
     LEAVE: tl.constexpr,
 ):  # fmt: skip
     """The factor of `rates` with which these rows of a chunk read the state, or LEAVE for it."""
@@ -120,11 +119,11 @@ def edge(
     factor = tl.zeros(rows.shape, tl.float32) + 1.0
     if DECAY == 1:
         if LEAVE:
-            gap = tl.load(G + (start + end) * H) - decays(G, start, T, rows, H)
+            gap = tl.load(G + N * C + C - 1) - decays(G, N, rows, C)
             if lw is not None:
-                gap += tl.load(lw + (start + rows) * H, mask=rows <= end, other=0.0)
+                gap += tl.load(lw + start + rows, mask=rows <= end, other=0.0)
         else:
-            gap = decays(G, start, T, rows - SHIFT, H)
+            gap = decays(G, N, rows - SHIFT, C)
         factor = tl.exp(gap)
     if seg is not None:
         number = tl.load(seg + start + tl.minimum(rows, end))
@@ -138,8 +137,8 @@ def edge(
 
 @triton.jit
 def weigh(
-    pair, G, lw, seg, start, T, rows, cols, H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
-    SHIFT: tl.constexpr, OWN: tl.constexpr, TRANSPOSED: tl.constexpr,
+    pair, G, lw, lr, seg, N, start, T, rows, cols, C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
+    OWN: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """q kᵀ (or k qᵀ) of these steps of a chunk with decays per head and write weights, where the pair is
     seen; OWN: a step sees itself."""
@@ -151,9 +150,11 @@ def weigh(
         left = tl.load(seg + start + tl.minimum(rows, end))
         see = see & (left[:, None] == tl.load(seg + start + tl.minimum(cols, end))[None, :])
     if DECAY == 1:
-        read, write = decays(G, start, T, reads - SHIFT, H), decays(G, start, T, writes, H)
+        read, write = decays(G, N, reads - SHIFT, C), decays(G, N, writes, C)
         if lw is not None:
-            write -= tl.load(lw + (start + writes) * H, mask=writes <= end, other=0.0)
+            write -= tl.load(lw + start + writes, mask=writes <= end, other=0.0)
+        if lr is not None:
+            read += tl.load(lr + start + reads, mask=reads <= end, other=0.0)
         gap = read[None, :] - write[:, None] if TRANSPOSED else read[:, None] - write[None, :]
         return pair * tl.exp(tl.where(see, gap, float("-inf")))
     else:
@@ -203,13 +204,25 @@ def across_level(tier, C: tl.constexpr):
 
 
 @triton.jit
-def running_sum(g, G, T, WIDTH: tl.constexpr, BW: tl.constexpr, C: tl.constexpr):
-    """G = the sum of g (B, T, WIDTH) over each chunk's steps so far, in float32."""
-    start = tl.program_id(0).to(tl.int64) * C
-    cols = tl.program_id(1) * BW + tl.arange(0, BW)
-    at = tl.program_id(2).to(tl.int64) * T * WIDTH
-    x = tile(g + at, start, T, cols, WIDTH, WIDTH, C).to(tl.float32)
-    put(G + at, tl.cumsum(x, 0), start, T, cols, WIDTH, WIDTH, C)
+def by_chunk(g, beta, G, strengths, T, H: tl.constexpr, BH: tl.constexpr, C: tl.constexpr):
+    """What is per head, (B, T, H), as kernels read it: (B·H, chunks, C) in float32. G has the sums of g over
+    each chunk's steps so far, past T the last one; strengths has β, past T zero. Either may be None."""
+    n, batch, i = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.arange(0, C)
+    cols = tl.program_id(1) * BH + tl.arange(0, BH)
+    start, N = batch * 0 + n * C, (batch * H + cols) * tl.num_programs(0) + n
+    at, inside = N[None, :] * C + i[:, None], (cols < H)[None, :]
+    if g is not None:
+        g_ = tile(g + batch * T * H, start, T, cols, H, H, C).to(tl.float32)
+        tl.store(G + at, tl.cumsum(g_, 0), mask=inside)
+    if beta is not None:
+        beta_ = tile(beta + batch * T * H, start, T, cols, H, H, C).to(tl.float32)
+        tl.store(strengths + at, beta_, mask=inside)
+
+
+@triton.jit
+def row(x, N, C: tl.constexpr):
+    """x[N] of a (·, C) matrix."""
+    return tl.load(x + N * C + tl.arange(0, C))
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from .chunk import (
     operand,
     put,
     rates,
+    row,
     shifted,
     square,
     tile,
@@ -40,7 +41,7 @@ from .chunk import (
 
 @triton.jit
 def weights(
-    value, w, dy, dx, G, lw, seg, dden, Pq, Px, Pa, Pw, own, own_a, T,
+    value, w, dy, dx, G, lw, lr, seg, dden, Pq, Px, Pa, Pw, own, own_a, T,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr,
     DECAY: tl.constexpr, SHIFT: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -52,10 +53,10 @@ def weights(
     batch, h = bh // H, bh % H
     start, N, i = batch * 0 + n * C, bh * tl.num_programs(0) + n, tl.arange(0, C)
     per_head = batch * T * H + h
-    if G is not None:
-        G += per_head
     if lw is not None:
-        lw += per_head
+        lw += bh.to(tl.int64) * T
+    if lr is not None:
+        lr += bh.to(tl.int64) * T
     if seg is not None:
         seg += batch * T
     q_, x_ = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
@@ -78,16 +79,16 @@ def weights(
     at = per_head + (start + i) * H
     if own is not None:
         tl.store(own + at, tl.sum(tl.where(eye, q_, 0.0), 1), mask=inside)
-    q_ = weigh(q_, G, lw, seg, start, T, i, i, H, C, DECAY, SHIFT, own is None, False)
+    q_ = weigh(q_, G, lw, lr, seg, N, start, T, i, i, C, DECAY, SHIFT, own is None, False)
     tl.store(square(Pq, N, C), q_.to(Pq.dtype.element_ty))
     if RULE != "outer":
-        x_ = weigh(x_, G, lw, seg, start, T, i, i, H, C, DECAY, 0, False, False)
+        x_ = weigh(x_, G, lw, lr, seg, N, start, T, i, i, C, DECAY, 0, False, False)
         tl.store(square(Px, N, C), x_.to(Px.dtype.element_ty))
     if RULE == "dplr":
         tl.store(own_a + at, tl.sum(tl.where(eye, a_, 0.0), 1), mask=inside)
-        a_ = weigh(a_, G, lw, seg, start, T, i, i, H, C, DECAY, 0, False, False)
+        a_ = weigh(a_, G, lw, lr, seg, N, start, T, i, i, C, DECAY, 0, False, False)
         tl.store(square(Pa, N, C), a_.to(Pa.dtype.element_ty))
-        w_ = weigh(w_, G, lw, seg, start, T, i, i, H, C, DECAY, 0, False, False)
+        w_ = weigh(w_, G, lw, lr, seg, N, start, T, i, i, C, DECAY, 0, False, False)
         tl.store(square(Pw, N, C), w_.to(Pw.dtype.element_ty))
 
 
@@ -149,20 +150,97 @@ def pair_share(
 
 @triton.jit
 def fade(
-    sums, last, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
+    sums, end, start, T, cols, WIDTH: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
     READER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """e^{G - G_C}, EARLY with G before each step, or for writers e^{G_C - G}."""
+    """For readers e^{G - G_C}, EARLY with G before each step, `end` being e^{-G_C}; for writers e^{G_C - G},
+    `end` being G_C.
+
+    Made as `operand` and `fading` make the same factors: dg is what is left when pairs cancel, and they
+    cancel only if what weighs them is the same to the last bit.
+    """
     if EARLY:
         G = shifted(sums, start, T, cols, WIDTH, STRIDE, C)
     else:
         G = tile(sums, start, T, cols, WIDTH, STRIDE, C)
-    return tl.exp(G - last[None, :] if READER else last[None, :] - G)
+    return tl.exp(G) * end[None, :] if READER else tl.exp(end[None, :] - G)
+
+
+@triton.jit
+def readers(
+    k, a, k_out, a_out, dy, dx, dden, states, before, Pq, Px, Pa, Pw, gi, scale, over, sums, in_q, in_b,
+    batch, T, h, start, N, cols,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, RULE: tl.constexpr, SHIFT: tl.constexpr, LATE: tl.constexpr, MILD: tl.constexpr,
+    STRONG: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what reads: q, and what corrects (the first again if nothing does), which is k with minus
+    dx, or b. Pairs of a step with itself that have weights of their own are not in them."""
+    per_head = batch * T * H + h
+    d = state_share(dy, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
+    if before is not None:
+        d += vector(dden + per_head, start, T, H, C)[:, None] * before[None, :]
+    z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
+    d = d * in_q + pair_share(Pq, N, z, gi, SHIFT, 0, False, C, STRONG, CT, PREC)
+    e = d
+    if RULE != "outer":
+        e = state_share(dx + per_head * V, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_b
+        e += pair_share(Px, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
+    if RULE == "dplr":
+        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+        d += pair_share(Pa, N, z, gi, 0, 0, False, C, STRONG, CT, PREC)
+        e += pair_share(Pw, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
+    if MILD:
+        d *= fade(sums, over, start, T, cols, K, H * K, C, True, SHIFT == 1)
+        if RULE != "outer":
+            e *= fade(sums, over, start, T, cols, K, H * K, C, True, LATE == 1)
+    return d, e
+
+
+@triton.jit
+def writers(
+    q, k, a, b, q_in, k_out, b_in, a_out, value, w, dstates, after, Pq, Px, Pa, Pw, met, gi, scale, over,
+    last, sums, in_k, batch, T, h, start, N, cols,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, RULE: tl.constexpr, GATED: tl.constexpr, SHIFT: tl.constexpr, LATE: tl.constexpr,
+    MILD: tl.constexpr, STRONG: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what writes: k, still free of delta's β, and a (k's again if there is none); and `met`, to
+    which their shares in the state after the chunk are added."""
+    d = state_share(value, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
+    if after is not None:
+        d += after[None, :]
+    d *= in_k
+    w_ = d
+    if RULE == "dplr":
+        w += (batch * T * H + h) * V
+        w_ = state_share(w, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_k
+        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+        met += tl.sum(z * w_, 0)
+    if GATED:
+        z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
+        met += tl.sum(z * d * scale[:, None], 0)
+    z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
+    d += pair_share(Pq, N, z, gi, 0, SHIFT, True, C, STRONG, CT, PREC)
+    if RULE == "dplr":
+        w_ += pair_share(Pa, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
+        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
+        d += pair_share(Px, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
+        w_ += pair_share(Pw, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
+    if RULE == "delta":
+        z = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
+        d -= pair_share(Px, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
+    if MILD:
+        faded = fade(sums, last, start, T, cols, K, H * K, C, False, False)
+        d *= faded
+        if RULE == "dplr":
+            w_ *= faded
+    return d, w_, met
 
 
 @triton.jit
 def gradients(
-    q, k, a, b, q_in, k_out, b_in, a_out, u, beta, g, G, lw, seg, sums, ends, value, w, dy, dx, dden,
+    q, k, a, b, q_in, k_out, b_in, a_out, u, strengths, g, G, lw, lr, seg, sums, ends, value, w, dy, dx, dden,
     states, nstates, dstates, dnstates, Pq, Px, Pa, Pw, own, own_a, dq, dk, da, db, dg, dweight, du, B, T,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, STRONG: tl.constexpr, CT: tl.constexpr,
@@ -187,14 +265,14 @@ def gradients(
     here = i < (T - start).to(tl.int32)
     value, dy = value + per_head * V, dy + per_head * V
     states, dstates = states + N * K * V, dstates + N * K * V
-    if G is not None:
-        G += per_head
     if lw is not None:
-        lw += per_head
+        lw += bh.to(tl.int64) * T
+    if lr is not None:
+        lr += bh.to(tl.int64) * T
     if seg is not None:
         seg += batch * T
-    read, reach, leave, through = rates(G, lw, seg, start, T, H, C, DECAY, SHIFT)
-    scale = vector(beta + per_head, start, T, H, C) if RULE == "delta" else tl.full((C,), 1.0, tl.float32)
+    read, reach, leave, through = rates(G, lw, lr, seg, N, start, T, C, DECAY, SHIFT)
+    scale = row(strengths, N, C) if RULE == "delta" else tl.full((C,), 1.0, tl.float32)
     # what a state's share is multiplied with; if mild, all of it is then multiplied with `fade`
     in_q, in_b, in_k = read[:, None], reach[:, None], leave[:, None]
     gi, over, last = scale[:, None], scale, scale
@@ -217,30 +295,17 @@ def gradients(
         last = tl.load(sums + (start + final) * (H * K) + cols, mask=cols < K, other=0.0)
         over = 1.0 / end
         in_q, in_b = in_q * end[None, :], in_b * end[None, :]
-    out, late, met = scale, scale, total
+    out, late, met, before, after = scale, scale, total, None, None
     if dg is not None:
         met = meeting(states, dstates, cols, K, V, BK, BV) * total
     if nstates is not None:
         before = tl.load(nstates + N * K + cols, mask=cols < K, other=0.0)
         after = tl.load(dnstates + N * K + cols, mask=cols < K, other=0.0)
         met += before * after * total
-    # what reads: q, and what corrects, which is k with minus dx, or b
-    d = state_share(dy, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
-    if nstates is not None:
-        d += vector(dden + per_head, start, T, H, C)[:, None] * before[None, :]
-    z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
-    d = d * in_q + pair_share(Pq, N, z, gi, SHIFT, 0, False, C, STRONG, CT, PREC)
-    if RULE != "outer":
-        e = state_share(dx + per_head * V, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_b
-        e += pair_share(Px, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
-    if RULE == "dplr":
-        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
-        d += pair_share(Pa, N, z, gi, 0, 0, False, C, STRONG, CT, PREC)
-        e += pair_share(Pw, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
-    if MILD:
-        d *= fade(sums, last, start, T, cols, K, H * K, C, True, SHIFT == 1)
-        if RULE != "outer":
-            e *= fade(sums, last, start, T, cols, K, H * K, C, True, LATE == 1)
+    d, e = readers(
+        k, a, k_out, a_out, dy, dx, dden, states, before, Pq, Px, Pa, Pw, gi, scale, over, sums, in_q,
+        in_b, batch, T, h, start, N, cols, H, R, K, V, BK, BV, C, RULE, SHIFT, LATE, MILD, STRONG, CT, PREC,
+    )  # fmt: skip
     qf = heads(q, batch, T, h, start, cols, H, R, K, C)
     kf = heads(k, batch, T, h, start, cols, H, R, K, C)
     if dg is not None:
@@ -263,33 +328,12 @@ def gradients(
         mine_a = vector(own_a + per_head, start, T, H, C)[:, None]
         d += mine_a * heads(a, batch, T, h, start, cols, H, 1, K, C)
     put(dq + wide, d, start, T, cols, K, H * K, C)
-    # what writes: k, whose gradient stays free of delta's β until k · dk was taken, which is dβ; and a
-    d = state_share(value, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
-    if nstates is not None:
-        d += after[None, :]
-    d *= in_k
-    if RULE == "dplr":
-        w_ = state_share(w + per_head * V, dstates, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_k
-        z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
-        met += tl.sum(z * w_, 0)
-    if dg is not None:
-        z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
-        met += tl.sum(z * d * scale[:, None], 0)
-    z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
-    d += pair_share(Pq, N, z, gi, 0, SHIFT, True, C, STRONG, CT, PREC)
-    if RULE == "dplr":
-        w_ += pair_share(Pa, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
-        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
-        d += pair_share(Px, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
-        w_ += pair_share(Pw, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
-    if RULE == "delta":
-        z = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
-        d -= pair_share(Px, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
-    if MILD:
-        faded = fade(sums, last, start, T, cols, K, H * K, C, False, False)
-        d *= faded
-        if RULE == "dplr":
-            w_ *= faded
+    # k's gradient stays free of delta's β until k · dk was taken, which is dβ
+    d, w_, met = writers(
+        q, k, a, b, q_in, k_out, b_in, a_out, value, w, dstates, after, Pq, Px, Pa, Pw, met, gi, scale,
+        over, last, sums, in_k, batch, T, h, start, N, cols, H, R, K, V, BK, BV, C, RULE, dg is not None,
+        SHIFT, LATE, MILD, STRONG, CT, PREC,
+    )  # fmt: skip
     kf = heads(k, batch, T, h, start, cols, H, R, K, C)
     if dg is not None:
         out -= kf * d * scale[:, None] if DECAY == 2 else tl.sum(kf * d, 1) * scale

@@ -16,28 +16,42 @@ from .chunk import (
     level,
     operand,
     put,
+    row,
     segments,
     shifted,
     square,
     tile,
-    vector,
 )
 
 
 @triton.jit
-def inverse(L, C: tl.constexpr, PREC: tl.constexpr):
+def inverse(L, C: tl.constexpr, FT: tl.constexpr, PREC: tl.constexpr):
     """(I + L)^{-1} for strictly lower triangular L (C, C), by blocks of 1, 2, 4, … steps.
 
     Two neighbouring diagonal blocks with inverses in D and the block N between them invert to D - D N D; all
-    pairs of blocks of one size are one product. That is substitution by blocks: no powers of L, which could
-    be huge.
+    pairs of blocks of one size are one product, of numbers in FT. That is substitution by blocks: no powers
+    of L, which could be huge.
     """
     i = tl.arange(0, C)
     D = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - tl.where(level(0, C), L, 0.0)
     for tier in range(1, LEVELS(C)):
-        N = tl.where(level(tier, C), L, 0.0)
-        D -= tl.dot(tl.dot(D, N, input_precision=PREC), D, input_precision=PREC)
+        N, F = tl.where(level(tier, C), L, 0.0).to(FT), D.to(FT)
+        D -= tl.dot(tl.dot(F, N, input_precision=PREC).to(FT), F, input_precision=PREC)
     return D
+
+
+@triton.jit
+def put_inverse(W, L, N, C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """W[N] = (I + L)^{-1}. Where bfloat16 is multiplied, in float16: as fine as tf32 and several times as
+    fast; once more in tf32 if a number left float16's range (keys much longer than one)."""
+    if CT == tl.bfloat16:
+        D = inverse(L, C, tl.float16, PREC)
+        tl.store(square(W, N, C), D.to(W.dtype.element_ty))
+        outside = tl.where(tl.abs(D) < 32768.0, 0, 1)  # 1 for what is no number, too
+        if tl.max(tl.max(outside, 1), 0) > 0:
+            tl.store(square(W, N, C), inverse(L, C, tl.float32, PREC).to(W.dtype.element_ty))
+    else:
+        tl.store(square(W, N, C), inverse(L, C, tl.float32, PREC).to(W.dtype.element_ty))
 
 
 @triton.jit
@@ -80,7 +94,7 @@ def fading(
 
 @triton.jit
 def pairs(
-    q, k, a, b, q_in, k_out, b_in, a_out, u, beta, g, G, seg, A, Aa, Lk, W, ends, T,
+    q, k, a, b, q_in, k_out, b_in, a_out, u, strengths, g, G, seg, A, Aa, Lk, W, ends, T,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ALL: tl.constexpr, C: tl.constexpr,
     RULE: tl.constexpr, DECAY: tl.constexpr, STRONG: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -146,26 +160,25 @@ def pairs(
     if seg is not None:
         seg += batch * T
     finish(
-        A_, X_, Y_, Z_, beta, G, seg, A, Aa, Lk, W, N, batch * T * H + h, start, T, H, C, RULE, DECAY, SHIFT,
-        PREC,
+        A_, X_, Y_, Z_, strengths, G, seg, A, Aa, Lk, W, N, start, T, C, RULE, DECAY, SHIFT, CT, PREC,
     )  # fmt: skip
 
 
 @triton.jit
 def finish(
-    A_, X_, Y_, Z_, beta, G, seg, A, Aa, Lk, W, N, per_head, start, T,
-    H: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
-    PREC: tl.constexpr,
+    A_, X_, Y_, Z_, strengths, G, seg, A, Aa, Lk, W, N, start, T,
+    C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Decays per head, masks and inverses of the matrices of `pairs`, which are then written."""
     i = tl.arange(0, C)
     strict, eye = i[:, None] > i[None, :], i[:, None] == i[None, :]
     if DECAY == 1:
-        Gs = decays(G + per_head, start, T, i, H)
+        Gs = decays(G, N, i, C)
         rate = tl.exp(tl.where(strict, Gs[:, None] - Gs[None, :], 0.0))
         X_ *= rate
         if SHIFT == 1:
-            Gb1 = decays(G + per_head, start, T, i - 1, H)
+            Gb1 = decays(G, N, i - 1, C)
             rate = tl.exp(tl.where(strict, Gb1[:, None] - Gs[None, :], 0.0))
         A_ *= rate
     if seg is not None:
@@ -173,13 +186,12 @@ def finish(
         strict = strict & (number[:, None] == number[None, :])
     tl.store(square(A, N, C), tl.where(strict | eye, A_, 0.0).to(A.dtype.element_ty))
     if RULE == "delta":
-        beta_ = vector(beta + per_head, start, T, H, C)
-        X_ = tl.where(strict, X_, 0.0) * beta_[None, :]
-        tl.store(square(W, N, C), inverse(X_, C, PREC).to(W.dtype.element_ty))
+        X_ = tl.where(strict, X_, 0.0) * row(strengths, N, C)[None, :]
+        put_inverse(W, X_, N, C, CT, PREC)
     if RULE == "dplr":
         tl.store(square(Aa, N, C), tl.where(strict | eye, Z_, 0.0).to(Aa.dtype.element_ty))
         tl.store(square(Lk, N, C), tl.where(strict, Y_, 0.0).to(Lk.dtype.element_ty))
-        tl.store(square(W, N, C), inverse(tl.where(strict, -X_, 0.0), C, PREC).to(W.dtype.element_ty))
+        put_inverse(W, tl.where(strict, -X_, 0.0), N, C, CT, PREC)
 
 
 @triton.jit

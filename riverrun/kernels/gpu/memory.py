@@ -17,8 +17,8 @@ with dS and yields dv, or dx of delta and dplr. outer: `accumulate` walks and on
 makes y of all chunks at once; for the backward both again, with time and against it. `gradients` has the
 rest, all chunks at once, from the states that the two walks wrote in half precision.
 
-If batch × heads × state blocks leave the device idle, time is cut into parts: each part is walked from zero
-(for delta and dplr from the identity as well, which gives its transition), `join` passes the states
+If batch × heads × state blocks leave the device idle, time is cut into parts: parts are walked from zero
+(for delta and dplr from the identity as well, which gives their transitions), `join` passes the states
 through, and the parts are walked again from their true states. Sums always run in the same order: the same
 input, the same bits.
 
@@ -95,7 +95,7 @@ def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
     for strong in () if known else (False, True) if full else (False,):
         launch(
             matrices.pairs, (x.chunks, x.B * x.H),
-            (*raw, *((None,) * 4 if strong else faded), x.u, x.beta, x.g, x.G_sum, x.seg,
+            (*raw, *((None,) * 4 if strong else faded), x.u, x.strengths, x.g, x.G_sum, x.seg,
              made.A, made.Aa, made.Lk, made.W, made.ends, x.T),
             (x.H, x.H // x.G, x.K, min(x.BK, 64), x.BK, x.C, x.rule, x.decay, strong, x.CT, x.prec),
             4, 1, x.wgmma, None if strong else pair_registers(x),
@@ -165,7 +165,7 @@ def accumulate(x: Inputs, made: Made, dy=None, fed=None, state=None, norm=None, 
     def go(S0, n0, states, nstates, S1, n1, total, local):
         launch(
             walk.accumulate, (x.state_blocks, p.count, BH),
-            (source, dy if back else x.v, x.G_sum, x.lw, fed, made.ends, x.seg, S0, n0, states, nstates,
+            (source, dy if back else x.v, x.G_sum, x.lw, x.lr, fed, made.ends, x.seg, S0, n0, states, nstates,
              S1, n1, total, x.T, p.chunks),
             (x.H, made.group, x.K, x.V, BK, BV, x.C, x.decay, x.shift, back, local, x.CT, x.prec),
             4, sum_stages(x), x.wgmma,
@@ -194,7 +194,7 @@ def launch_outputs(x: Inputs, made: Made, states, nstates=None, dy=None):
     BV, rows = output_values(x), min(x.C, 64)
     launch(
         outputs, (-(-x.V // BV), x.chunks * (x.C // rows), x.B * x.H),
-        (source, other, dy if back else x.v, x.G_sum, x.lw, x.m, x.seg, made.A, states,
+        (source, other, dy if back else x.v, x.G_sum, x.lw, x.lr, x.m, x.seg, made.A, states,
          None if back else nstates, y, den, x.T),
         (x.H, made.group, x.K, x.V, x.BK, BV, x.C, rows, x.decay, x.shift, back, x.CT, x.prec),
         4, 1, x.wgmma, output_registers(x),
@@ -204,26 +204,27 @@ def launch_outputs(x: Inputs, made: Made, states, nstates=None, dy=None):
 
 def launch_forward(x, made, p, S0, *, local=False, y=None, S1=None, keep=(None, None)):
     """`walk.forward` over all parts; `keep` is (states, errors) to write."""
-    # with decays per key, states alone leave room for two programs a multiprocessor
-    BV = min(x.BV, 32) if x.decay == 2 and y is None and not local else x.BV
+    all = y is not None
+    BV = x.BV if local else x.values(all)
     blocks = -(-(p.width if local else x.V) // BV)
+    parts = p.count - 1 if local and not x.back else p.count  # only the backward asks for the last transition
     launch(
-        walk.forward, (blocks, p.count, x.B * x.H),
-        (made.q, made.k, x.v, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.seg,
-         made.A, made.Aa, made.Lk, made.W, S0, y, S1, *keep, x.T, p.chunks),
+        walk.forward, (blocks, parts, x.B * x.H),
+        (made.q, made.k, x.v, made.b_in, made.a_out, made.ends, x.strengths, x.G_sum, x.seg,
+         made.A, made.Aa, made.Lk, made.W, S0, y, S1, *keep, x.T, p.chunks, p.count),
         (x.H, made.group, x.K, x.V, x.BK, BV, x.C, x.rule, x.decay, local, p.width if local else x.V, x.CT,
          x.prec),
-        warps(x), stages(x), x.wgmma,
+        warps(x), stages(x, BV, all), x.wgmma,
     )  # fmt: skip
 
 
 def launch_reverse(x, made, p, dy, dS1, *, local=False, dv=None, dx=None, dstates=None, dS0=None):
     launch(
-        walk.reverse, (x.blocks, p.count, x.B * x.H),
-        (made.q, made.k, made.b_in, made.a_out, made.ends, x.beta, x.G_sum, x.seg,
-         made.A, made.Aa, made.Lk, made.W, dy, dS1, dv, dx, dstates, dS0, x.T, p.chunks),
+        walk.reverse, (x.blocks, p.count - local, x.B * x.H),
+        (made.q, made.k, made.b_in, made.a_out, made.ends, x.strengths, x.G_sum, x.seg,
+         made.A, made.Aa, made.Lk, made.W, dy, dS1, dv, dx, dstates, dS0, x.T, p.chunks, p.count),
         (x.H, made.group, x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local, x.CT, x.prec),
-        warps(x), stages(x), x.wgmma,
+        warps(x), stages(x, x.BV, True), x.wgmma,
     )  # fmt: skip
 
 
@@ -277,7 +278,7 @@ def launch_weights(x: Inputs, value, w, dy, dx, dden):
     apart = row if dplr or x.shift else None
     P = x.scratch(*(matrix if n else None for n in wanted), apart, row if dplr else None)
     launch(
-        weights, (x.chunks, x.B * x.H), (value, w, dy, dx, x.G_sum, x.lw, x.seg, dden, *P, x.T),
+        weights, (x.chunks, x.B * x.H), (value, w, dy, dx, x.G_sum, x.lw, x.lr, x.seg, dden, *P, x.T),
         (x.H, x.V, slice_of_values(x), x.C, x.rule, x.decay, x.shift, x.CT, x.prec), 4, 1, x.wgmma,
     )  # fmt: skip
     return P
@@ -293,7 +294,9 @@ def rest(x, made, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> d
     if x.decay == 2:  # each program reads its sums before it writes its gradients in their place
         dg = made.sums if x.g.dtype == torch.float32 else torch.empty_like(x.g)
     weight = x.beta if x.rule == "delta" else x.lw
-    dweight = None if weight is None else torch.empty_like(weight) if blocks == 1 else x.new(blocks, *heads)
+    dweight = None
+    if weight is not None:
+        dweight = x.new(*heads, dtype=weight.dtype) if blocks == 1 else x.new(blocks, *heads)
     du = None if x.u is None else x.new(x.B, x.H, x.chunks, x.K)
     w = errors if x.rule == "dplr" else None
     value = errors if x.rule == "delta" else x.v
@@ -302,8 +305,8 @@ def rest(x, made, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> d
     for strong in (False, True) if x.decay == 2 else (False,):
         launch(
             gradients, (blocks, x.chunks, x.B * x.H),
-            (x.q, x.k, x.a, x.b, *((None,) * 4 if strong or x.decay < 2 else faded), x.u, x.beta,
-             x.g, x.G_sum, x.lw, x.seg, made.sums, made.ends, value, w, dy, dx, dden,
+            (x.q, x.k, x.a, x.b, *((None,) * 4 if strong or x.decay < 2 else faded), x.u,
+             x.strengths, x.g, x.G_sum, x.lw, x.lr, x.seg, made.sums, made.ends, value, w, dy, dx, dden,
              states, nstates, dstates, dnstates, *P, dq, dk, da, db, dg, dweight, du, x.B, x.T),
             (x.H, x.H // x.G, x.K, x.V, BK, BV, x.C, x.rule, x.decay, strong, x.CT, x.prec),
             4, 1, x.wgmma, gradient_registers(x),

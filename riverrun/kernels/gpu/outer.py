@@ -10,7 +10,7 @@ from torch import Tensor
 from riverrun.kernels.library import define
 
 from . import memory, step
-from .launch import launch, scratch
+from .launch import launch
 from .plan import Inputs, length, power
 
 
@@ -69,8 +69,8 @@ def larger(f1, i1, f2, i2):
 
 @triton.jit
 def stabilise(f, i, m0, reset, m, g, lw, mT, T, H: tl.constexpr, BT: tl.constexpr):
-    """m_t = max(f_t + m_{t-1}, i_t), g = f_t + m_{t-1} - m_t and lw = i_t - m_t of one batch row and head;
-    mT is the last m."""
+    """m_t = max(f_t + m_{t-1}, i_t), g = f_t + m_{t-1} - m_t and lw = i_t - m_t (B, H, T) of one batch row
+    and head; mT is the last m."""
     batch, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     base = batch * T * H + h
     carry = tl.load(m0 + batch * H + h) if m0 is not None else 0.0
@@ -93,14 +93,17 @@ def stabilise(f, i, m0, reset, m, g, lw, mT, T, H: tl.constexpr, BT: tl.constexp
         if reset is not None:
             last = tl.where(fresh, 0.0, last)
         tl.store(g + base + t * H, ft + last - mt, mask=inside)
-        tl.store(lw + base + t * H, it - mt, mask=inside)
+        tl.store(lw + (batch * H + h) * T + t, it - mt, mask=inside)
         carry = tl.sum(tl.where(at == BT - 1, mt, 0.0), 0)
     tl.store(mT + batch * H + h, carry)
 
 
 @triton.jit
-def unnormalise(y, dy, den, m, dnum, dden, ROWS, V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr):
-    """From dy to the gradients of y's numerator and denominator, row by row."""
+def unnormalise(
+    y, dy, den, m, lr, dden, T, ROWS, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr
+):
+    """Row by row lr = -log of what y was divided by, and the gradient of its denominator times that divisor,
+    because what meets it is multiplied with e^lr, as dy is."""
     row, cols = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BV)
     at, inside = row[:, None] * V + cols[None, :], (row < ROWS)[:, None] & (cols < V)[None, :]
     g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
@@ -108,18 +111,18 @@ def unnormalise(y, dy, den, m, dnum, dden, ROWS, V: tl.constexpr, BV: tl.constex
     d = tl.load(den + row, mask=row < ROWS, other=1.0)
     floor = tl.exp(-tl.load(m + row, mask=row < ROWS, other=0.0))
     weight = tl.maximum(tl.abs(d), floor)
-    tl.store(dnum + at, (g / weight[:, None]).to(dnum.dtype.element_ty), mask=inside)
+    past = (row // (T * H) * H + row % H) * T + row // H % T
+    tl.store(lr + past, -tl.log(weight), mask=row < ROWS)
     # where both are equal each side of the maximum gets half, as torch.maximum has it
     share = tl.where(tl.abs(d) > floor, 1.0, tl.where(tl.abs(d) == floor, 0.5, 0.0))
     sign = tl.where(d < 0, -1.0, 1.0)
-    tl.store(dden + row, -tl.sum(g * out, 1) / weight * share * sign, mask=row < ROWS)
+    tl.store(dden + row, -tl.sum(g * out, 1) * share * sign, mask=row < ROWS)
 
 
 def stabilised(f: Tensor, i: Tensor, m0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, ...]:
-    """(m, g, lw), (B, T, H) float32 each, and the last m (B, H)."""
+    """m and g (B, T, H), lw (B, H, T) and the last m (B, H), float32 all."""
     B, T, H = f.shape
-    m, g, lw = (torch.empty(B, T, H, device=f.device) for _ in range(3))
-    mT = torch.empty(B, H, device=f.device)
+    m, g, lw, mT = (torch.empty(s, device=f.device) for s in ((B, T, H), (B, T, H), (B, H, T), (B, H)))
     flag = None if reset is None else reset.contiguous().view(torch.uint8)
     m0 = None if m0 is None else m0.float().contiguous()
     BT = min(1024, max(16, power(T)))
@@ -129,7 +132,8 @@ def stabilised(f: Tensor, i: Tensor, m0: Tensor | None, reset: Tensor | None) ->
 
 def _mlstm_forward(q, k, v, f, i, S, n, m0, reset, save):
     if step.fits(v, save):
-        rows = [v.new_empty(*f.shape, dtype=torch.float32) for _ in range(4)]
+        B, T, H = f.shape
+        rows = [v.new_empty(*s, dtype=torch.float32) for s in ((B, T, H), (B, T, H), (B, H, T), (B, T, H))]
         state = (S, n, m0) if S is not None else (None, None, None)
         return *step.mlstm(q, k, v, f, i, state, reset), *rows
     m, g, lw, mT = stabilised(f, i, m0, reset)
@@ -139,17 +143,18 @@ def _mlstm_forward(q, k, v, f, i, S, n, m0, reset, save):
 
 
 def _mlstm_backward(q, k, v, f, i, S0, n0, m0, reset, y, S, n, mT, m, g, lw, den, dy, dS, dn, dm):
-    dnum, dden = scratch(y.device, (y.dtype, *y.shape), (m.dtype, *m.shape))
+    lr, dden = torch.empty_like(lw), torch.empty_like(m)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
-    BV, rows = power(y.shape[-1]), m.numel()
-    launch(unnormalise, (-(-rows // 16),), (y, dy, den, m, dnum, dden, rows), (y.shape[-1], BV, 16), 4)
-    x = Inputs("outer", q, k, v, g, lw=lw, m=m, state=S0, norm=n0, reset=reset, back=True)
+    _, T, H, V = y.shape
+    sizes, rows = (H, V, power(V), 16), m.numel()
+    launch(unnormalise, (-(-rows // 16),), (y, dy, den, m, lr, dden, T, rows), sizes, 4)
+    x = Inputs("outer", q, k, v, g, lw=lw, lr=lr, m=m, state=S0, norm=n0, reset=reset, back=True)
     touched = not (dS is None and dn is None and dm is None)
     if touched:
         dS, dn, dm = (
             torch.zeros_like(t) if d is None else d.contiguous() for d, t in ((dS, S), (dn, n), (dm, mT))
         )
-    d = memory.run_backward(x, memory.pairs(x), dnum, dden, dS, dn)
+    d = memory.run_backward(x, memory.pairs(x), dy, dden, dS, dn)
     df, di = d["g"], d["weight"]
     dm0 = None
     if m0 is not None:
@@ -180,9 +185,10 @@ def route(f, i, m, m0, reset, free):
 
 def _mlstm_fake(q, k, v, f, i, S, n, m, reset, save):
     B, T, H, _ = v.shape
-    state = fake_state(k, v)
-    row = [v.new_empty(B, T, H, dtype=torch.float32) for _ in range(4)]
-    return torch.empty_like(v), state, torch.empty_like(state[..., 0]), row[0][:, 0].clone(), *row
+    S = fake_state(k, v)
+    m, g, den = (v.new_empty(B, T, H, dtype=torch.float32) for _ in range(3))
+    n, lw = torch.empty_like(S[..., 0]), m.new_empty(B, H, T)
+    return torch.empty_like(v), S, n, m[:, 0].clone(), m, g, lw, den
 
 
 _mlstm = define(

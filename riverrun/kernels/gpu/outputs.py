@@ -14,7 +14,7 @@ from .chunk import edge, put, square, tile, weigh
 
 @triton.jit
 def outputs(
-    x, z, v, G, lw, m, seg, A, states, nstates, y, den, T,
+    x, z, v, G, lw, lr, m, seg, A, states, nstates, y, den, T,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
@@ -32,10 +32,10 @@ def outputs(
     i, keys, cols = tl.arange(0, ROWS), tl.arange(0, BK), pv * BV + tl.arange(0, BV)
     start, N = batch * 0 + n * C, bh * (tl.num_programs(1) // PARTS) + n
     group, values, per_head = (batch * T * GH + h // R) * K, (batch * T * H + h) * V, batch * T * H + h
-    if G is not None:
-        G += per_head
     if lw is not None:
-        lw += per_head
+        lw += bh * T
+    if lr is not None:
+        lr += bh * T
     if seg is not None:
         seg += batch * T
     rows, here = part * ROWS + i, start + part * ROWS
@@ -43,7 +43,7 @@ def outputs(
     inside = (keys < K)[:, None] & (cols < V)[None, :]
     S = tl.load(states + (N * K + keys[:, None]) * V + cols[None, :], mask=inside, other=0.0).to(CT)
     out = tl.dot(x_, S, input_precision=PREC)
-    factor = edge(G, lw, seg, start, T, rows, H, C, DECAY, SHIFT, REVERSE)
+    factor = edge(G, lw, seg, N, start, T, rows, C, DECAY, SHIFT, REVERSE)
     if DECAY == 1 or seg is not None:
         out *= factor[:, None]
     weight = factor
@@ -56,7 +56,8 @@ def outputs(
             z_ = tile(z + group, there, T, keys, K, GH * K, ROWS).to(CT)
             v_ = tile(v + values, there, T, cols, V, H * V, ROWS).to(CT)
             pair = tl.dot(x_, tl.trans(z_), input_precision=PREC)
-            pair = weigh(pair, G, lw, seg, start, T, rows, other * ROWS + i, H, C, DECAY, 0, True, REVERSE)
+            at = other * ROWS + i
+            pair = weigh(pair, G, lw, lr, seg, N, start, T, rows, at, C, DECAY, 0, True, REVERSE)
             out += tl.dot(pair.to(CT), v_, input_precision=PREC)
             if nstates is not None:
                 weight += tl.sum(pair, 1)

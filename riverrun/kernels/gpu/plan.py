@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -27,7 +28,8 @@ class Inputs:
     a: Tensor | None = None
     b: Tensor | None = None
     u: Tensor | None = None
-    lw: Tensor | None = None  # mLSTM: log write weights, ≤ 0
+    lw: Tensor | None = None  # mLSTM: log write weights, ≤ 0 (B, H, T)
+    lr: Tensor | None = None  # mLSTM's backward: log of what y was divided by, negative (B, H, T)
     m: Tensor | None = None  # mLSTM: running maximum
     state: Tensor | None = None
     norm: Tensor | None = None  # mLSTM: the normaliser's state
@@ -35,7 +37,7 @@ class Inputs:
     back: bool = False  # for the backward
 
     def __post_init__(self) -> None:
-        for name in ("q", "k", "v", "g", "beta", "a", "b", "u", "lw", "m"):
+        for name in ("q", "k", "v", "g", "beta", "a", "b", "u", "lw", "lr", "m"):
             x = getattr(self, name)
             if x is not None and not x.is_contiguous():
                 setattr(self, name, x.contiguous())
@@ -59,7 +61,7 @@ class Inputs:
         self.BK = max(self.least[0], power(self.K))
         self.chunks = -(-self.T // self.C)
         self.blocks = -(-self.V // self.BV)
-        self.G_sum = self.sum_decays() if self.decay == 1 else None
+        self.G_sum, self.strengths = self.by_chunk()
 
     @property
     def normed(self) -> bool:
@@ -76,12 +78,15 @@ class Inputs:
 
     @cached_property
     def BV(self) -> int:
-        """Values of a state that a walk holds: what registers and shared memory hold beside K keys, fewer
-        where that fills the device."""
+        """Values of a state that a walk holds."""
+        return self.values(True)
+
+    def values(self, all: bool) -> int:
+        """What registers and shared memory hold beside K keys, fewer where every program still has a
+        multiprocessor for itself; `all` as in `stages`."""
         most = 64 if self.BK <= 128 and self.half else 32 if self.BK <= 128 or self.half else 16
-        idle = self.B * self.H * self.V < 128 * processors(self.v.device)
-        # with decays per key only one program's tiles fit on a multiprocessor
-        if self.rule == "dplr" or (self.rule == "delta" and idle and (self.decay < 2 or self.BK < 128)):
+        few = self.B * self.H * self.V * self.parts <= 32 * processors(self.v.device)
+        if self.rule != "outer" and (few or stages(self, most, all) < 2):
             most = min(most, 32)
         return min(most, max(self.least[1], power(self.V)))
 
@@ -92,21 +97,23 @@ class Inputs:
 
     @property
     def state_blocks(self) -> int:
-        """Programs over which a state is spread."""
-        if self.rule != "outer":
-            return self.blocks
+        """Programs of `walk.accumulate` over which a state is spread."""
         BK, BV = self.state_tile
         return -(-self.K // BK) * -(-self.V // BV)
 
     @cached_property
     def parts(self) -> int:
-        """Into how many parts time is cut: two programs a multiprocessor."""
-        if self.rule != "outer" and self.half and self.BK > 64:
-            return 1  # transitions of wider states have not been seen right on a GPU
-        programs, room = self.B * self.H * self.state_blocks, processors(self.v.device)
-        # a transition costs as much again as the state, and a short walk is over before a second launch
-        worth, least = (2, 64) if self.rule == "outer" else (8, 8)
-        return max(1, min(2 * room // programs, self.chunks // least)) if worth * programs <= room else 1
+        """Into how many parts time is cut."""
+        room = processors(self.v.device)
+        if self.rule == "outer":  # two programs a multiprocessor
+            programs, worth, least = self.B * self.H * self.state_blocks, 2, 64
+            return max(1, min(2 * room // programs, self.chunks // least)) if worth * programs <= room else 1
+        if self.BK > 128:  # a transition has no room on the chip
+            return 1
+        # every part is walked twice, so that two of them are no gain
+        programs = self.B * self.H * -(-self.V // (64 if self.half else 32))
+        parts = min(room // programs, self.chunks // 16)
+        return parts if parts > 2 else 1
 
     @property
     def wgmma(self) -> bool:
@@ -119,12 +126,15 @@ class Inputs:
         """
         return self.half and self.BK <= 128 and self.K % 8 == 0 and self.V % 8 == 0
 
-    def sum_decays(self) -> Tensor:
-        G = torch.empty(self.g.shape, dtype=torch.float32, device=self.g.device)
-        BW = min(16, power(self.H))
-        grid = (self.chunks, -(-self.H // BW), self.B)
-        launch(chunk.running_sum, grid, (self.g, G, self.T), (self.H, BW, self.C), 4)
-        return G
+    def by_chunk(self) -> list[Any]:
+        """Decays per head, summed inside each chunk, and β, of each chunk side by side."""
+        g, rows = self.g if self.decay == 1 else None, (torch.float32, self.B * self.H, self.chunks, self.C)
+        G, strengths = self.scratch(*(None if x is None else rows for x in (g, self.beta)))
+        if G is not None or strengths is not None:
+            BH = min(16, power(self.H))
+            grid = (self.chunks, -(-self.H // BH), self.B)
+            launch(chunk.by_chunk, grid, (g, self.beta, G, strengths, self.T), (self.H, BH, self.C), 4)
+        return [G, strengths]
 
     def scratch(self, *wanted):
         return scratch(self.v.device, *wanted)
@@ -170,7 +180,7 @@ def output_registers(x: Inputs) -> int | None:
 
 def gradient_registers(x: Inputs) -> int | None:
     """Registers a thread of `gradients`: three programs a multiprocessor where that spills little."""
-    return 168 if x.normed and x.half else None
+    return 168 if x.half and (x.normed or (x.rule == "delta" and x.decay == 0)) else None
 
 
 def slice_of_keys(x: Inputs) -> int:
@@ -184,9 +194,22 @@ def slice_of_values(x: Inputs) -> int:
     return min(most, max(x.least[0], power(x.V)))
 
 
-def stages(x: Inputs) -> int:
-    """Chunks whose tiles are on their way to a walk at once."""
-    return 2 if x.half and x.BK <= 128 else 1
+SHARED = 226 * 1024  # bytes of shared memory that tiles of a program may take
+
+
+def stages(x: Inputs, BV: int, all: bool) -> int:
+    """Chunks of which a walk of BV values has tiles at once: `all` tiles, or those that states need.
+
+    Triton asks for tiles when it is done with a chunk. With two stages that is the next one, for which the
+    walk then waits; with three the one after it.
+    """
+    if not x.half or x.BK > 128:
+        return 1
+    keys, pairs = (4, 4) if x.rule == "dplr" else (3 if x.decay == 2 else 2, 2)
+    if not all:
+        keys, pairs = keys - 1, pairs // 2
+    chunk, state = 2 * x.C * (keys * x.BK + pairs * x.C + BV), 2 * (x.BK + x.C) * BV
+    return min(3 if x.wgmma else 2, (SHARED - state) // chunk)
 
 
 def sum_stages(x: Inputs) -> int:

@@ -10,12 +10,12 @@ Equations: `memory.py`.
 import triton
 import triton.language as tl
 
-from .chunk import block, put, put_block, rates, square, tile, vector
+from .chunk import block, put, put_block, rates, row, square, tile, vector
 
 
 @triton.jit
 def accumulate(
-    x, y, G, lw, fed, ends, seg, S0, n0, states, nstates, S1, n1, total, T, CHUNKS,
+    x, y, G, lw, lr, fed, ends, seg, S0, n0, states, nstates, S1, n1, total, T, CHUNKS,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DECAY: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
@@ -35,10 +35,10 @@ def accumulate(
     rows, cols = pk * BK + tl.arange(0, BK), pv * BV + tl.arange(0, BV)
     group, values = (batch * T * GH + h // R) * K, (batch * T * H + h) * V
     per_head, here = batch * T * H + h, bh * parts + ps
-    if G is not None:
-        G += per_head
     if lw is not None:
-        lw += per_head
+        lw += bh * T
+    if lr is not None:
+        lr += bh * T
     if seg is not None:
         seg += batch * T
     S, norm = tl.zeros((BK, BV), tl.float32), tl.zeros((BK,), tl.float32)
@@ -57,9 +57,9 @@ def accumulate(
                 tl.store(nstates + N * K + rows, norm, mask=(rows < K) & (pv == 0))
         x_ = tile(x + group, start, T, rows, K, GH * K, C).to(CT)
         y_ = tile(y + values, start, T, cols, V, H * V, C)
-        read, reach, leave, through = rates(G, lw, seg, start, T, H, C, DECAY, SHIFT)
-        weight = read if REVERSE else leave
+        read, reach, leave, through = rates(G, lw, lr, seg, N, start, T, C, DECAY, SHIFT)
         factor = tl.zeros((BK,), tl.float32) + through
+        weight = read if REVERSE else leave
         if DECAY == 2:
             factor *= tl.load(ends + N * K + rows, mask=rows < K, other=0.0)
         if DECAY == 1 or seg is not None:
@@ -85,7 +85,7 @@ def accumulate(
 
 @triton.jit
 def forward(
-    q, k, v, b_in, a_out, ends, beta, G, seg, A, Aa, Lk, W, S0, y, S1, states, errors, T, CHUNKS,
+    q, k, v, b_in, a_out, ends, strengths, G, seg, A, Aa, Lk, W, S0, y, S1, states, errors, T, CHUNKS, PARTS,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
     CT: tl.constexpr, PREC: tl.constexpr,
@@ -93,20 +93,18 @@ def forward(
     """delta and dplr. With decays per key q and k come with them multiplied in, as b_in (for delta
     k's) and a_out do (see `matrices.fading`).
 
-    Grid (value blocks, parts of CHUNKS chunks, B·H). Optional outputs are None. LOCAL walks every part from a
-    zero state and writes its final one (K, WIDTH) to S1; columns past the values' blocks start as the
-    identity and write nothing, so that they end as the part's transition. Otherwise part s starts from S0[s]
+    Grid (value blocks, parts of CHUNKS chunks, B·H). Optional outputs are None. LOCAL walks a part from
+    zero and writes its final state (K, WIDTH) to S1; columns past the values' blocks start as the identity
+    and write nothing, so that they end as the part's transition. Otherwise part s of PARTS starts from S0[s]
     and the last one writes S1.
     """
     pv, ps, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    parts, count = tl.num_programs(1), tl.cdiv(T, C)
+    count = tl.cdiv(T, C)
     batch, h = bh // H, bh % H
     GH: tl.constexpr = H // R
     rows, cols = tl.arange(0, BK), pv * BV + tl.arange(0, BV)
     group, wide, values = (batch * T * GH + h // R) * K, (batch * T * H + h) * K, (batch * T * H + h) * V
-    per_head, here = batch * T * H + h, bh * parts + ps
-    if G is not None:
-        G += per_head
+    here = bh * PARTS + ps
     if seg is not None:
         seg += batch * T
     S = tl.zeros((BK, BV), tl.float32)
@@ -122,7 +120,7 @@ def forward(
         k_ = tile(k + group, start, T, rows, K, GH * K, C).to(CT)
         v_ = tile(v + values, start, T, cols, V, H * V, C)
         Sc = S.to(CT)
-        read, reach, leave, through = rates(G, None, seg, start, T, H, C, DECAY, 0)
+        read, reach, leave, through = rates(G, None, None, seg, N, start, T, C, DECAY, 0)
         factor = tl.zeros((BK,), tl.float32) + through
         if DECAY == 2:
             factor *= tl.load(ends + N * K + rows, mask=rows < K, other=0.0)
@@ -133,7 +131,7 @@ def forward(
             e = tl.dot(tl.load(square(W, N, C)).to(CT), e.to(CT), input_precision=PREC)
             if errors is not None:
                 put(errors + values, e, start, T, cols, V, H * V, C)
-            e *= vector(beta + per_head, start, T, H, C)[:, None]
+            e *= row(strengths, N, C)[:, None]
         else:
             e = v_.to(tl.float32)
             b_ = tile(b_in + wide, start, T, rows, K, H * K, C).to(CT)
@@ -156,27 +154,25 @@ def forward(
     if LOCAL:
         put_block(S1, S, here, rows, cols, True, K, WIDTH)
     elif S1 is not None:
-        put_block(S1, S, bh, rows, cols, ps == parts - 1, K, V)
+        put_block(S1, S, bh, rows, cols, ps == PARTS - 1, K, V)
 
 
 @triton.jit
 def reverse(
-    q, k, b_in, a_out, ends, beta, G, seg, A, Aa, Lk, W, dy, dS1, dv, dx, dstates, dS0, T, CHUNKS,
+    q, k, b_in, a_out, ends, strengths, G, seg, A, Aa, Lk, W, dy, dS1, dv, dx, dstates, dS0, T, CHUNKS, PARTS,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, CT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """Grid as `forward`. dstates[n] is the gradient of the state after chunk n. LOCAL: from zero, only dS0
-    written."""
-    pv, ps, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    parts, count = tl.num_programs(1), tl.cdiv(T, C)
+    """Grid as `forward`. dstates[n] is the gradient of the state after chunk n. LOCAL: from zero, every part
+    but the first, only dS0 written."""
+    pv, ps, bh = tl.program_id(0), tl.program_id(1) + LOCAL, tl.program_id(2).to(tl.int64)
+    count = tl.cdiv(T, C)
     batch, h = bh // H, bh % H
     GH: tl.constexpr = H // R
     rows, cols = tl.arange(0, BK), pv * BV + tl.arange(0, BV)
     group, wide, values = (batch * T * GH + h // R) * K, (batch * T * H + h) * K, (batch * T * H + h) * V
-    per_head, here = batch * T * H + h, bh * parts + ps
-    if G is not None:
-        G += per_head
+    here = bh * PARTS + ps
     if seg is not None:
         seg += batch * T
     S = tl.zeros((BK, BV), tl.float32)
@@ -190,7 +186,7 @@ def reverse(
             put_block(dstates, S, N, rows, cols, True, K, V)
         q_ = tile(q + group, start, T, rows, K, GH * K, C).to(CT)
         dy_ = tile(dy + values, start, T, cols, V, H * V, C).to(CT)
-        read, reach, leave, through = rates(G, None, seg, start, T, H, C, DECAY, 0)
+        read, reach, leave, through = rates(G, None, None, seg, N, start, T, C, DECAY, 0)
         factor = tl.zeros((BK,), tl.float32) + through
         if DECAY == 2:
             factor *= tl.load(ends + N * K + rows, mask=rows < K, other=0.0)
@@ -199,7 +195,7 @@ def reverse(
         de = tl.dot(k_, Sc, input_precision=PREC) * leave[:, None]
         de += tl.dot(tl.trans(tl.load(square(A, N, C))).to(CT), dy_, input_precision=PREC)
         if RULE == "delta":
-            x = de * vector(beta + per_head, start, T, H, C)[:, None]
+            x = de * row(strengths, N, C)[:, None]
             x = tl.dot(tl.trans(tl.load(square(W, N, C))).to(CT), x.to(CT), input_precision=PREC)
             de = x
         else:

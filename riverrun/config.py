@@ -14,6 +14,7 @@ import json
 import types
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
 from os.path import expanduser
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -55,7 +56,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{where} has an unknown field '{name}'; {nearest(name, fields)}")
-        given[name] = _from_json(hints[name], value, f"{where}: {name}")
+        given[name] = typed(hints[name], value, f"{where}: {name}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in given:
@@ -125,7 +126,7 @@ def _read(kind: Any, text: str, key: str) -> Any:
         return None
     for option in options:
         try:
-            return _from_json(option, _json(option, text), key)
+            return typed(option, _json(option, text), key)
         except ValueError:
             continue
     raise ValueError(f"{key}={text}: '{text}' is not {spell(kind)}")
@@ -152,8 +153,11 @@ def _json(kind: Any, text: str) -> Any:
         return float(text) if kind is float else text
 
 
-def _from_json(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value checked against, and turned into, a field's type."""
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """A value, of JSON or of Python, checked against and turned into a field's type: the only place for that.
+
+    Raises ValueError, with `where` it stands, what was given and what is accepted.
+    """
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -162,24 +166,26 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         for option in args:
             try:
-                return _from_json(option, value, where)
+                return typed(option, value, where)
             except ValueError:
                 continue
     elif origin is Literal:
         for option in args:
             if value == option:
                 return option
-    elif origin in (list, tuple) and isinstance(value, list):
-        return origin(_from_json(args[0], v, where) for v in value)
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        if origin is list or args[-1] is Ellipsis or len(value) == len(args):
+            return origin(typed(args[0], v, where) for v in value)
     elif origin is dict and isinstance(value, dict):
-        return {k: _from_json(args[1], v, where) for k, v in value.items()}
+        return {k: typed(args[1], v, f"{where}.{k}") for k, v in value.items()}
     elif kind is type(None) and value is None:
         return None
     elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        if isinstance(value, Real) and not isinstance(value, bool) and value == value:
             return float(value)  # never NaN, with which nothing compares
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+    elif kind is int and not isinstance(value, bool):
+        if isinstance(value, Integral) or (isinstance(value, float) and value.is_integer()):
+            return int(value)
     elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
         return value
     raise ValueError(f"{where} is {value!r}; it must be {spell(kind)}")

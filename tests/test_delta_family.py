@@ -218,9 +218,9 @@ def test_mamba3_without_turning_and_trapezoid_is_mamba2(float64):
 @pytest.mark.parametrize(
     "name, args, match",
     [
-        ("deltaproduct", dict(num_steps=0), "num_steps ≥ 1"),
-        ("kda", dict(lower_bound=0.0), "lower_bound = 0.0"),
-        ("mesanet", dict(iterations=0), "iterations ≥ 1"),
+        ("deltaproduct", dict(num_steps=0), "num_steps is 0"),
+        ("kda", dict(lower_bound=0.0), r"lower_bound is 0\.0; it must be float or none, less than 0"),
+        ("mesanet", dict(iterations=0), "iterations is 0"),
         ("mamba3", dict(num_states=5), "num_states = 5"),
         ("mamba3", dict(turning=0.01), "turning = 0.01"),
         ("mamba3", dict(num_groups=3), "num_groups = 3 does not divide"),

@@ -266,9 +266,9 @@ def test_heads_that_cannot_be_turned(name):
 @pytest.mark.parametrize(
     "name, args, match",
     [
-        ("attention", dict(num_heads=4, num_key_heads=3), "num_key_heads = 3 does not divide"),
-        ("mamba2", dict(num_groups=3), "num_groups = 3 does not divide"),
-        ("hgrn2", dict(lower_bound=1.0), "0 ≤ lower_bound < 1"),
+        ("attention", dict(num_heads=4, num_key_heads=3), "num_key_heads = 3 does not divide num_heads 4"),
+        ("mamba2", dict(num_groups=3), "num_groups = 3 does not divide num_heads 8"),
+        ("hgrn2", dict(lower_bound=1.0), "at least 0 and less than 1"),
         ("sliding_window", dict(num_heads=2, window=1), "≥ 2 steps"),
         ("mamba", dict(states=3), "did you mean 'num_states'"),
     ],

@@ -57,6 +57,10 @@ def change(path, edit):
     (path / "config.json").write_text(json.dumps(values))
 
 
+def heads(values, number):
+    values["model"]["mixers"]["gated_deltanet"] = {"num_heads": number}
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -64,6 +68,15 @@ def change(path, edit):
         (lambda v: (v["model"].update(a=1), v.update(riverrun="99.0")), r"of riverrun 99\.0, this is 0"),
         (lambda v: v["model"].pop("vocabulary"), "lacks the field 'vocabulary'"),
         (lambda v: v["model"].update(depth="two"), "depth is 'two'; it must be int"),
+        (lambda v: v["model"].update(depth=None), "depth is None; it must be int"),
+        (lambda v: v["model"].update(depth=[2]), r"depth is \[2\]; it must be int"),
+        (lambda v: v["model"].update(width=-16), r"config\.json: .*width is -16; it must be int, greater"),
+        (lambda v: heads(v, "four"), r"config\.json: .*num_heads is 'four'; it must be int"),
+        (lambda v: heads(v, None), r"config\.json: .*num_heads is None; it must be int"),
+        (lambda v: heads(v, [2]), r"config\.json: .*num_heads is \[2\]; it must be int"),
+        (lambda v: heads(v, -2), r"config\.json: .*num_heads is -2; it must be int, greater than 0"),
+        (lambda v: v["model"].update(mixers=None), "mixers is None; it must be dict"),
+        (lambda v: v.update(model=None), "model is None; it must be an object"),
         (lambda v: v.pop("sha256"), "lacks the field 'sha256'"),
         (lambda v: v["model"].update(width=32), "does not hold the model"),
         (lambda v: v["model"].update(vocabulary=300), "do not belong together"),

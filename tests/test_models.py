@@ -81,9 +81,18 @@ def test_a_wrong_pattern_is_refused(pattern, message):
     [
         (LanguageConfig(50, mixers={"mamba": {}}), "'mamba', which is not in the pattern"),
         (LanguageConfig(50, mixers={"gated_deltanet": {"heads": 2}}), "did you mean 'num_heads'"),
-        (LanguageConfig(50, depth=0), "at least 1 layer"),
-        (LanguageConfig(0), "vocabulary"),
-        (LanguageConfig(50, width=0), "width = 0"),
+        (LanguageConfig(50, depth=0), "depth is 0; it must be int, greater than 0; unless given it is 4"),
+        (LanguageConfig(0), "vocabulary is 0; it must be int, greater than 0$"),
+        (LanguageConfig(50, width=0), "width is 0"),
+        (LanguageConfig("50"), "vocabulary is '50'; it must be int"),
+        (LanguageConfig(50, inner=-3), "inner is -3; it must be int or none, greater than 0"),
+        (LanguageConfig(50, pattern=3), "pattern is 3; it must be str"),
+        (LanguageConfig(50, tied=1), "tied is 1; it must be bool"),
+        (LanguageConfig(50, mixers={"gated_deltanet": 3}), r"mixers\.gated_deltanet is 3; it must be dict"),
+        (LanguageConfig(50, mixers={"gated_deltanet": {"width": 8}}), "have a width, 8; it is the model's"),
+        (LanguageConfig(50, mixers={"gated_deltanet": {"name": 8}}), "takes no argument 'name'"),
+        (LanguageConfig(50, mixers={"gated_deltanet": {"self": 8}}), "takes no argument 'self'"),
+        (LanguageConfig(50, mixers={"gated_deltanet": {"num_heads": -4}}), "num_heads is -4; it must be int"),
     ],
 )
 def test_a_wrong_config_is_refused(config, message):

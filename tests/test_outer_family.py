@@ -251,9 +251,9 @@ def test_hgrn_turns_and_leaks():
 @pytest.mark.parametrize(
     "name, args, match",
     [
-        ("hgrn", dict(lower_bound=1.0), "0 ≤ lower_bound < 1"),
-        ("jrt", dict(prefix=-1), "prefix = -1"),
-        ("lightnet_grid", dict(sizes=(0,)), "numbers ≥ 1"),
+        ("hgrn", dict(lower_bound=1.0), "at least 0 and less than 1"),
+        ("jrt", dict(prefix=-1), "prefix is -1; it must be int, 0 or greater"),
+        ("lightnet_grid", dict(sizes=(0,)), "greater than 0"),
         ("loglinear", dict(num_levels=1), "accepted are 2 to 32"),
         ("xlstm", dict(block=5), "block = 5 does not divide"),
     ],

@@ -34,8 +34,8 @@ def allowed(here: str, there: str) -> bool:
         return there == last
     if (
         there in BESIDE
-    ):  # the command line shows the doctor; tests are for users; data and settings are for models on
-        reach = {"testing": "cli", "doctor": "training", "data": "models", "config": "models"}[there]
+    ):  # the command line shows the doctor; tests are for users; data are for models on, settings for layers on
+        reach = {"testing": "cli", "doctor": "training", "data": "models", "config": "nn"}[there]
         return LINE.index(here) >= LINE.index(reach)
     return LINE.index(there) < LINE.index(here)
 

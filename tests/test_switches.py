@@ -206,7 +206,7 @@ def test_a_model_with_switches_is_saved_with_what_is_usual(switch, tmp_path):
 @pytest.mark.parametrize(
     "name, beyond, match",
     [
-        ("mamba2", dict(length=0), "at least 1"),
+        ("mamba2", dict(length=0), "length is 0"),
         ("mamba2", dict(length=9, window=8), "at least as long"),
         ("mamba2", dict(length=9, limit=1.0, window=9), "takes none"),
         ("mamba2", dict(length=9, forget=0.5), "at least 1"),

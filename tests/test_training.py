@@ -10,7 +10,7 @@ from riverrun.config import override
 from riverrun.data.packing import Corpus
 from riverrun.models import folder
 from riverrun.testing.tolerance import close
-from riverrun.training import loop
+from riverrun.training import loop, prepare
 from riverrun.training.log import rows
 from riverrun.training.loop import Diverged, train
 from riverrun.training.report import Silent
@@ -52,7 +52,8 @@ def settings(tmp_path, *more):
         (["model.pattern=attention", "data.mode=stream", "model.mixers={}"], "sliding_window"),
         (["model.pattern=attention", "model.mixers={}", "evaluation.file={book}"], "give a context"),
         (["data.files="], "data.files is empty"),
-        (["model.mixers.gated_deltanet.num_heads=two"], r"\{'num_heads': 'two'\}\} cannot be built"),
+        (["model.mixers.gated_deltanet.num_heads=two"], "num_heads is 'two'; it must be int"),
+        (["model.pattern=gated_delta"], "did you mean 'gated_deltanet'"),
         (["data.separator="], r"data\.separator is empty"),
         (["data.separator=\\n\\n"], r"'\\\\n\\\\n' stands in none of 1 files"),
         (["evaluation.limit=0"], r"evaluation\.limit = 0 must be at least 1"),
@@ -72,6 +73,15 @@ def test_settings_that_cannot_work_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         train(settings(tmp_path, *change), report=Silent())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change", ["pattern=gated_delta", "depth=0", "mixers.gated_deltanet.num_heads=3", "mixers.mamba.expand=2"]
+)
+def test_a_model_that_cannot_be_is_refused_before_a_tokenizer_is_learnt(tmp_path, change, monkeypatch):
+    monkeypatch.setattr(prepare, "make_tokenizer", None)
+    with pytest.raises(ValueError, match=r"did you mean|depth is 0|does not divide|not in the pattern"):
+        train(settings(tmp_path, f"model.{change}"), report=Silent())
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

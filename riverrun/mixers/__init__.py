@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from riverrun.nn.check import accepts
-
 from .table import MIXERS, Row
 
 __all__ = ["MIXERS", "Row", "build", "mixer_class", "row"]
@@ -40,8 +38,6 @@ def build(name: str, width: int, **args: Any) -> nn.Module:
     """The mixer called `name` at model width `width`; `args` are its constructor's.
 
     Raises ValueError for a name that is no mixer and an argument that the mixer does not take, with the
-    nearest one.
+    nearest one, and for a value that it cannot be.
     """
-    cls = mixer_class(name)
-    accepts(cls, args, f"mixer '{name}'")
-    return cls(width, **args)
+    return mixer_class(name)(width, **args)

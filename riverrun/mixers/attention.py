@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from riverrun.nn import attend, carried, heads
+from riverrun.nn import attend, carried, checked, heads
 from riverrun.nn.attend import Cache, grouped, pairs
 
 
@@ -22,6 +22,7 @@ class Attention(nn.Module):
     call copies the state; otherwise a step is appended in place.
     """
 
+    @checked
     def __init__(
         self, width: int, num_heads: int = 4, num_key_heads: int | None = None, base: float = 10_000.0
     ):

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import carried, head_width, heads, wide
+from riverrun.nn import carried, checked, head_width, heads, wide
 from riverrun.nn.feature import taylor
 
 
 class Based(nn.Module):
     """arXiv:2402.18668. State: S (B, H, F, V + 1) with V = width / H, F = 1 + d + d (d + 1) / 2."""
 
+    @checked
     def __init__(self, width: int, num_heads: int = 4, feature_width: int = 16):
         super().__init__()
         head_width(width, num_heads)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
+from riverrun.nn import RMSNorm, ShortConv, carried, checked, head_width, heads, parts, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 
 
@@ -26,6 +26,7 @@ class Comba(nn.Module):
     K = key_width and V = value_width are width / H unless given.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

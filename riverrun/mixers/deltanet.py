@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, parts, unit
+from riverrun.nn import RMSNorm, ShortConv, carried, checked, head_width, heads, parts, unit
 from riverrun.nn.signed import write_strength
 
 
@@ -21,6 +21,7 @@ class DeltaNet(nn.Module):
     `negative_eigenvalues`: β = 2 σ(W_b x), see `riverrun.nn.signed`.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

@@ -15,7 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
+from riverrun.nn import (
+    GatedRMSNorm,
+    RMSNorm,
+    ShortConv,
+    carried,
+    checked,
+    head_width,
+    heads,
+    parts,
+    unit,
+    wide,
+)
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.signed import write_strength
 from riverrun.nn.steps import among
@@ -27,6 +38,7 @@ class DeltaProduct(nn.Module):
     K = V = width / H unless given. `negative_eigenvalues=False`: β_j = σ(W_j x), see `riverrun.nn.signed`.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -41,8 +53,6 @@ class DeltaProduct(nn.Module):
     ):
         super().__init__()
         H, n = num_heads, num_steps
-        if n < 1:
-            raise ValueError(f"num_steps = {n}; accepted is num_steps ≥ 1")
         K, V = key_width or head_width(width, H), value_width or head_width(width, H)
         self.width, self.num_heads, self.num_steps, self.key_width = width, H, n, K
         self.gated, self.negative_eigenvalues = gated, negative_eigenvalues

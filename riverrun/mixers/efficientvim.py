@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import LocalConv, each_document, whole, wide
+from riverrun.nn import LocalConv, checked, each_document, whole, wide
 
 
 class EfficientViM(nn.Module):
@@ -26,6 +26,7 @@ class EfficientViM(nn.Module):
     `columns`: how many tokens make a row of a picture; None for sequences.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

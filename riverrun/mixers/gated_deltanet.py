@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, checked, head_width, heads, parts, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.signed import write_strength
 
@@ -25,6 +25,7 @@ class GatedDeltaNet(nn.Module):
     `negative_eigenvalues`: β = 2 σ(W_b x), see `riverrun.nn.signed`.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -38,7 +39,7 @@ class GatedDeltaNet(nn.Module):
     ):
         super().__init__()
         H, G = num_heads, num_key_heads or num_heads
-        head_width(H, G, "num_key_heads")
+        head_width(H, G, "num_key_heads", "num_heads")
         K, V = key_width or head_width(width, H), value_width or head_width(width, H)
         self.width, self.num_heads, self.num_key_heads, self.key_width = width, H, G, K
         self.negative_eigenvalues = negative_eigenvalues

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, carried, head_width, heads, wide
+from riverrun.nn import GatedRMSNorm, carried, checked, head_width, heads, wide
 
 
 class GLA(nn.Module):
     """arXiv:2312.06635. State: S (B, H, K, V) with V = width / H, K = key_width, V / 2 unless given."""
 
+    @checked
     def __init__(
         self,
         width: int,

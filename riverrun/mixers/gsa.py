@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, carried, fitting, head_width, heads, wide
+from riverrun.nn import RMSNorm, carried, checked, fitting, head_width, heads, wide
 
 
 class GSA(nn.Module):
     """arXiv:2409.07146. State: (K (B, H, M, P), V (B, H, M, P)) with M = num_slots, P = width / H."""
 
+    @checked
     def __init__(
         self,
         width: int,

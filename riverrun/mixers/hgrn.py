@@ -11,12 +11,14 @@ mixer does not see the others.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, carried, fitting, heads, wide
+from riverrun.nn import FRACTION, GatedRMSNorm, carried, checked, fitting, heads, wide
 
 
 class HGRN(nn.Module):
@@ -25,10 +27,15 @@ class HGRN(nn.Module):
     `lower_bound` γ in [0, 1) of the forget gates.
     """
 
-    def __init__(self, width: int, lower_bound: float = 0.0, rotate: bool = True, eps: float = 1e-6):
+    @checked
+    def __init__(
+        self,
+        width: int,
+        lower_bound: Annotated[float, FRACTION] = 0.0,
+        rotate: bool = True,
+        eps: float = 1e-6,
+    ):
         super().__init__()
-        if not 0 <= lower_bound < 1:
-            raise ValueError(f"lower_bound = {lower_bound}; accepted is 0 ≤ lower_bound < 1")
         parts = 2 if rotate else 1
         self.width, self.lower_bound = width, lower_bound
         self.sizes = (parts * width, width, parts * width)

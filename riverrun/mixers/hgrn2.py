@@ -10,24 +10,26 @@ from layer to layer, is a constant of each layer here: a mixer does not see the 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, carried, head_width, heads, wide
+from riverrun.nn import FRACTION, RMSNorm, carried, checked, head_width, heads, wide
 
 
 class HGRN2(nn.Module):
     """arXiv:2404.07904. State: S (B, H, K, K) with K = width / H. `lower_bound` l in [0, 1) of the forget
     gates."""
 
-    def __init__(self, width: int, num_heads: int = 4, lower_bound: float = 0.0, eps: float = 1e-6):
+    @checked
+    def __init__(
+        self, width: int, num_heads: int = 4, lower_bound: Annotated[float, FRACTION] = 0.0, eps: float = 1e-6
+    ):
         super().__init__()
         head_width(width, num_heads)
-        if not 0 <= lower_bound < 1:
-            raise ValueError(f"lower_bound = {lower_bound}; accepted is 0 ≤ lower_bound < 1")
         self.width, self.num_heads, self.lower_bound = width, num_heads, lower_bound
         self.inp = nn.Linear(width, 3 * width, bias=False)  # [q, f, i]
         self.norm = RMSNorm(width, eps)

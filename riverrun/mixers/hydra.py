@@ -21,6 +21,7 @@ from riverrun.nn import (
     apart,
     both_resets,
     both_ways,
+    checked,
     head_width,
     heads,
     parts,
@@ -35,6 +36,7 @@ from riverrun.nn.init import log_rate, step_size_bias
 class Hydra(nn.Module):
     """arXiv:2407.09941. State: none, it sees both ways. G groups share B and C among H / G heads each."""
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -48,7 +50,7 @@ class Hydra(nn.Module):
         super().__init__()
         E, H, G, N = expand * width, num_heads, num_groups, num_states
         head_width(E, H)
-        head_width(H, G, "num_groups")
+        head_width(H, G, "num_groups", "num_heads")
         self.width, self.num_heads, self.num_groups = width, H, G
         self.sizes, self.inner = (E, E + 4 * G * N, 2 * H), (E, G * N, G * N, G * N, G * N)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [z, (x, B, C, B', C'), (dt, dt')]

@@ -11,12 +11,14 @@ Source: Arora et al. 2024 (arXiv:2407.05483), and its code. The state is E + S, 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import carried, fitting, head_width, heads, pooled, positions, wide
+from riverrun.nn import NOT_NEGATIVE, carried, checked, fitting, head_width, heads, pooled, positions, wide
 from riverrun.nn.feature import taylor
 
 
@@ -30,11 +32,16 @@ class JRT(nn.Module):
     reads 1,024 of 2,048 tokens.
     """
 
-    def __init__(self, width: int, num_heads: int = 4, feature_width: int = 16, prefix: int = 0):
+    @checked
+    def __init__(
+        self,
+        width: int,
+        num_heads: int = 4,
+        feature_width: int = 16,
+        prefix: Annotated[int, NOT_NEGATIVE] = 0,
+    ):
         super().__init__()
         head_width(width, num_heads)
-        if prefix < 0:
-            raise ValueError(f"prefix = {prefix}; accepted is a number of tokens, 0 or more")
         features = num_heads * feature_width
         self.width, self.num_heads, self.prefix = width, num_heads, prefix
         self.sizes = (features, features, width, features, width)

@@ -12,12 +12,14 @@ flash-linear-attention; A begins as 1 there.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, parts, unit, wide
+from riverrun.nn import Only, RMSNorm, ShortConv, carried, checked, head_width, heads, parts, unit, wide
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.signed import write_strength
 
@@ -29,21 +31,20 @@ class KDA(nn.Module):
     `negative_eigenvalues`: β = 2 σ(W_b x), see `riverrun.nn.signed`.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
         num_heads: int = 4,
         rank: int | None = None,
         window: int = 4,
-        lower_bound: float | None = None,
+        lower_bound: Annotated[float | None, Only(lambda b: b < 0, "less than 0")] = None,
         negative_eigenvalues: bool = False,
         eps: float = 1e-5,
     ):
         super().__init__()
         K, H = head_width(width, num_heads), num_heads
         rank = rank or K
-        if lower_bound is not None and lower_bound >= 0:
-            raise ValueError(f"lower_bound = {lower_bound}; accepted is a log-decay below 0, or None")
         self.width, self.num_heads, self.key_width = width, H, K
         self.lower_bound, self.negative_eigenvalues = lower_bound, negative_eigenvalues
         self.sizes = (3 * width, rank, rank, H)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import RMSNorm, attend, carried, head_width, heads, unit, wide
+from riverrun.nn import RMSNorm, attend, carried, checked, head_width, heads, unit, wide
 from riverrun.nn.attend import Cache, pairs
 from riverrun.nn.init import inverse_softplus
 from riverrun.nn.memory import Memory
@@ -32,6 +32,7 @@ class LaCT(nn.Module):
     `muon` orthogonalises the step; without it the plain gradient is added.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

@@ -10,11 +10,13 @@ Source: Lan et al. 2025 (arXiv:2503.01496); w_1 = w_2 = 1/2, τ = 16 and a windo
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import attend, carried, head_width, heads, wide
+from riverrun.nn import NOT_NEGATIVE, attend, carried, checked, head_width, heads, wide
 from riverrun.nn.attend import Cache, grouped, pairs
 
 
@@ -24,13 +26,14 @@ class Liger(nn.Module):
     H query heads share G key/value heads; G = H unless given. `blend` is (w_1, w_2).
     """
 
+    @checked
     def __init__(
         self,
         width: int,
         num_heads: int = 4,
         num_key_heads: int | None = None,
         window: int = 64,
-        blend: tuple[float, float] = (0.5, 0.5),
+        blend: Annotated[tuple[float, float], NOT_NEGATIVE] = (0.5, 0.5),
         pool: int = 1,
         temperature: float = 16.0,
         base: float = 10_000.0,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, LowRank, carried, fitting, head_width, heads, positions, wide
+from riverrun.nn import GatedRMSNorm, LowRank, carried, checked, fitting, head_width, heads, positions, wide
 from riverrun.nn.axes import TPE, lrpe
 from riverrun.nn.logsum import log_sums
 from riverrun.state import State
@@ -28,6 +28,7 @@ class LightNet(nn.Module):
     K = key_width, V unless given, and twice that in S with `base`; with `tpe` its sum (B, width) comes last.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

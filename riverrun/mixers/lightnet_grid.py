@@ -21,6 +21,7 @@ from riverrun.nn import (
     apart,
     both_resets,
     both_ways,
+    checked,
     each_document,
     head_width,
     heads,
@@ -40,6 +41,7 @@ class LightNetGrid(nn.Module):
     Tokens stand in row-major order, and the first axis is as long as they reach.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -53,8 +55,6 @@ class LightNetGrid(nn.Module):
     ):
         super().__init__()
         K = key_width or head_width(width, num_heads)
-        if any(size < 1 for size in sizes):
-            raise ValueError(f"sizes = {sizes}; accepted are numbers ≥ 1, one for each axis but the first")
         self.width, self.num_heads, self.key_width, self.base, self.sizes = width, num_heads, K, base, sizes
         self.parts = (num_heads * K, num_heads * K, width)
         self.inp = nn.Linear(width, sum(self.parts), bias=False)  # [q, k, v]

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import carried, head_width, heads, wide
+from riverrun.nn import carried, checked, head_width, heads, wide
 from riverrun.nn.feature import positive
 
 
 class LinearAttention(nn.Module):
     """arXiv:2006.16236. State: S (B, H, K, K + 1) with K = width / H."""
 
+    @checked
     def __init__(self, width: int, num_heads: int = 4, eps: float = 1e-6):
         super().__init__()
         head_width(width, num_heads)

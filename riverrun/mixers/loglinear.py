@@ -20,6 +20,7 @@ from riverrun.nn import (
     GatedRMSNorm,
     ShortConv,
     carried,
+    checked,
     fitting,
     head_width,
     heads,
@@ -39,6 +40,7 @@ class LogLinear(nn.Module):
     A document begins a new tree, empty as after a reset, every 2^{L-1} tokens: take L for the longest.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -52,7 +54,7 @@ class LogLinear(nn.Module):
         super().__init__()
         E, H, G, N, L = expand * width, num_heads, num_groups, num_states, num_levels
         head_width(E, H)
-        head_width(H, G, "num_groups")
+        head_width(H, G, "num_groups", "num_heads")
         if not 2 <= L <= 32:
             raise ValueError(
                 f"num_levels = {L}; accepted are 2 to 32, for documents of 2^{{num_levels - 1}} tokens"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import carried
+from riverrun.nn import carried, checked
 from riverrun.nn.init import recurrent
 from riverrun.nn.shape import gates
 
@@ -24,6 +24,7 @@ class LSTM(nn.Module):
     H = 1 is the ordinary LSTM. With more, R is block-diagonal, H times smaller: Pöppel et al. 2024.
     """
 
+    @checked
     def __init__(self, width: int, num_heads: int = 1):
         super().__init__()
         self.width, self.num_heads = width, num_heads

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import SelectiveScan, carried
+from riverrun.nn import SelectiveScan, carried, checked
 from riverrun.state import State
 
 
@@ -25,6 +25,7 @@ class Mamba(nn.Module):
     do past the length of training, arguments of `riverrun.nn.beyond.Beyond`; h is then (h, position (B)).
     """
 
+    @checked
     def __init__(
         self,
         width: int,

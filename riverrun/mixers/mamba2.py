@@ -10,14 +10,25 @@ gate.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, parts, scaled, wide
+from riverrun.nn import (
+    NOT_NEGATIVE,
+    GatedRMSNorm,
+    ShortConv,
+    carried,
+    checked,
+    head_width,
+    heads,
+    parts,
+    scaled,
+    wide,
+)
 from riverrun.nn.beyond import switches
 from riverrun.nn.init import log_rate, step_size_bias
 
@@ -31,6 +42,7 @@ class Mamba2(nn.Module):
     arguments of `riverrun.nn.beyond.Beyond`, whose state is then in the place of S.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -39,14 +51,14 @@ class Mamba2(nn.Module):
         num_groups: int = 1,
         expand: int = 2,
         window: int = 4,
-        step_limits: tuple[float, float] = (0.0, math.inf),
+        step_limits: Annotated[tuple[float, float], NOT_NEGATIVE] = (0.0, math.inf),
         num_norm_groups: int | None = None,
         beyond: dict[str, Any] | None = None,
     ):
         super().__init__()
         E, H, G, N = expand * width, num_heads, num_groups, num_states
         head_width(E, H)
-        head_width(H, G, "num_groups")
+        head_width(H, G, "num_groups", "num_heads")
         self.width, self.num_heads, self.num_groups, self.step_limits = width, H, G, step_limits
         self.sizes, self.inner = (E, E + 2 * G * N, H), (E, G * N, G * N)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [z, (x, B, C), dt]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, carried, fitting, head_width, heads, wide
+from riverrun.nn import RMSNorm, carried, checked, fitting, head_width, heads, wide
 from riverrun.nn.init import step_size_bias
 from riverrun.nn.phase import phases, turn
 from riverrun.nn.steps import among
@@ -34,6 +34,7 @@ class Mamba3(nn.Module):
     P = expand · width / H, A = turning · N / 2, R = rank. G groups share B and C among H / G heads each.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -47,11 +48,9 @@ class Mamba3(nn.Module):
         super().__init__()
         E, H, G, N, R = expand * width, num_heads, num_groups, num_states, rank
         P, A = head_width(E, H), int(turning * N) // 2
-        head_width(H, G, "num_groups")
-        if N % 2 or not 0 < A <= N // 2 or R < 1:
-            raise ValueError(
-                f"num_states = {N}, turning = {turning}, rank = {R}: it takes pairs to turn and a rank ≥ 1"
-            )
+        head_width(H, G, "num_groups", "num_heads")
+        if N % 2 or not 0 < A <= N // 2:
+            raise ValueError(f"num_states = {N}, turning = {turning}: it takes pairs to turn")
         self.width, self.num_heads, self.num_groups, self.rank = width, H, G, R
         self.sizes, self.inner = (E, E, R * G * N, R * G * N, H, H, H, A), (R, G, N)
         self.axes = (H, N, P), (H, A), (R, H, N), (R, H, P)  # of the state's parts

@@ -16,12 +16,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import SelectiveScan, WeightedAverage, carried, head_width
+from riverrun.nn import SelectiveScan, WeightedAverage, carried, checked, head_width
 
 
 class MambaMixer(nn.Module):
     """arXiv:2403.19888. State: (h (B, E, N), conv (B, window - 1, E)), of tokens, with E = expand · width."""
 
+    @checked
     def __init__(
         self,
         width: int,

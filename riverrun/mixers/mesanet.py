@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import RMSNorm, ShortConv, carried, fitting, head_width, heads, unit, wide
+from riverrun.nn import RMSNorm, ShortConv, carried, checked, fitting, head_width, heads, unit, wide
 from riverrun.nn.init import inverse_softplus
 from riverrun.nn.solve import solve
 from riverrun.state import State
@@ -26,13 +26,12 @@ LEAST = 0.25  # of Λ
 class MesaNet(nn.Module):
     """arXiv:2506.05233. State: (H and S (B, H, K, K), conv (B, window - 1, 2·width)) with K = width / H."""
 
+    @checked
     def __init__(
         self, width: int, num_heads: int = 4, iterations: int = 30, window: int = 4, eps: float = 1e-5
     ):
         super().__init__()
         K = head_width(width, num_heads)
-        if iterations < 1:
-            raise ValueError(f"iterations = {iterations}; accepted is iterations ≥ 1")
         self.width, self.num_heads, self.iterations = width, num_heads, iterations
         self.inp = nn.Linear(width, 3 * width, bias=False)  # [(q, k), v]
         self.conv = ShortConv(2 * width, window)

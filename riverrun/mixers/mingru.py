@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import carried, wide
+from riverrun.nn import carried, checked, wide
 
 
 class MinGRU(nn.Module):
     """arXiv:2410.01201. State: h (B, E) with E = expand · width."""
 
+    @checked
     def __init__(self, width: int, expand: int = 1, positive: bool = False):
         super().__init__()
         self.width, self.positive = width, positive

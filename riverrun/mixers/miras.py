@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, head_width, heads, unit
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, checked, head_width, heads, unit
 from riverrun.nn.memory import Memory, gate_map, gates
 from riverrun.recurrences.memory import Rule
 from riverrun.state import State
@@ -32,6 +32,7 @@ class Miras(nn.Module):
     matrices (B, H, K, E) and (B, H, E, K) for an mlp, E = expand · K; Z is empty without momentum.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, carried, head_width, heads, parts, wide
+from riverrun.nn import HeadNorm, carried, checked, head_width, heads, parts, wide
 
 
 class MLSTM(nn.Module):
@@ -25,6 +25,7 @@ class MLSTM(nn.Module):
     K = key_width, V / 2 unless given.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

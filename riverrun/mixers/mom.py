@@ -16,18 +16,18 @@ the rates, is from the authors' code. `riverrun.nn.route.balances` keeps the loa
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, ShortConv, carried, fitting, head_width, heads, unit, wide
+from riverrun.nn import GatedRMSNorm, ShortConv, carried, checked, fitting, head_width, heads, unit, wide
 from riverrun.nn.feature import positive
 from riverrun.nn.init import log_rate, step_size_bias
 from riverrun.nn.route import PerMemory, Router, Routes, masked, packed
 from riverrun.state import State
-
-RULES = ("linear", "gla", "gated_delta")
 
 
 class MoM(nn.Module):
@@ -36,6 +36,7 @@ class MoM(nn.Module):
     `masked` runs every memory over every step, for torch.compile(fullgraph=True).
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -43,7 +44,7 @@ class MoM(nn.Module):
         num_memories: int = 4,
         chosen: int = 2,
         shared: bool = True,
-        rule: str = "gated_delta",
+        rule: Literal["linear", "gla", "gated_delta"] = "gated_delta",
         window: int = 4,
         rank: int = 16,
         masked: bool = False,
@@ -51,8 +52,6 @@ class MoM(nn.Module):
     ):
         super().__init__()
         H, V = num_heads, head_width(width, num_heads)
-        if rule not in RULES:
-            raise ValueError(f"rule = '{rule}'; there are {RULES}")
         delta, K = rule == "gated_delta", -(-V // 2) if rule == "gla" else V
         if masked and delta and window > 1:
             raise ValueError(f"masked memories have no short convolution; window = {window} must be 1")

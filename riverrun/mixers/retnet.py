@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, carried, fitting, head_width, heads, positions, rotate
+from riverrun.nn import GatedRMSNorm, carried, checked, fitting, head_width, heads, positions, rotate
 
 
 class RetNet(nn.Module):
     """arXiv:2307.08621. State: (S (B, H, K, V), position (B)); K = width / H, V = expand · K."""
 
+    @checked
     def __init__(
         self, width: int, num_heads: int = 4, expand: int = 2, base: float = 10_000.0, eps: float = 1e-6
     ):

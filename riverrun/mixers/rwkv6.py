@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, LowRank, carried, fitting, head_width, heads, previous, wide
+from riverrun.nn import HeadNorm, LowRank, carried, checked, fitting, head_width, heads, previous, wide
 
 
 class RWKV6(nn.Module):
     """arXiv:2404.05892. State: (S (B, H, K, K), last x (B, width)) with K = width / H."""
 
+    @checked
     def __init__(self, width: int, num_heads: int = 4, mix_rank: int = 32, decay_rank: int = 64):
         super().__init__()
         K = head_width(width, num_heads)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, LowRank, carried, fitting, head_width, heads, removal, shifted
+from riverrun.nn import HeadNorm, LowRank, carried, checked, fitting, head_width, heads, removal, shifted
 
 
 class RWKV7(nn.Module):
@@ -30,6 +30,7 @@ class RWKV7(nn.Module):
     `negative_eigenvalues`: c = 1 + e^{-e^{-1/2}}.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import carried, fitting, wide
+from riverrun.nn import carried, checked, fitting, wide
 from riverrun.nn.init import hippo_frequencies
 
 
 class S5(nn.Module):
     """arXiv:2208.04933. State: h (B, N, 2), real and imaginary parts, with N = num_states conjugate pairs."""
 
+    @checked
     def __init__(self, width: int, num_states: int = 64):
         super().__init__()
         N = num_states

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from riverrun.nn import attend, carried, heads
+from riverrun.nn import attend, carried, checked, heads
 from riverrun.nn.attend import Cache, grouped, pairs
 
 
@@ -20,6 +20,7 @@ class SlidingWindow(nn.Module):
     H query heads share G key/value heads; G = H unless given. A step sees itself and window - 1 before it.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

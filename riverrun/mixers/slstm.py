@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, carried
+from riverrun.nn import HeadNorm, carried, checked
 from riverrun.nn.init import recurrent
 from riverrun.nn.shape import gates
 
@@ -20,6 +20,7 @@ from riverrun.nn.shape import gates
 class SLSTM(nn.Module):
     """arXiv:2405.04517. State: (h, s, n, m), each (B, H, P), P = width / H; s and n are scaled by e^{-m}."""
 
+    @checked
     def __init__(self, width: int, num_heads: int = 4, eps: float = 1e-6):
         super().__init__()
         self.width, self.num_heads = width, num_heads

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, ShortConv, carried, heads
+from riverrun.nn import HeadNorm, ShortConv, carried, checked, heads
 from riverrun.nn.headwise import Headwise
 from riverrun.nn.init import recurrent
 from riverrun.state import State
@@ -23,6 +23,7 @@ from riverrun.state import State
 class SLSTMBlock(nn.Module):
     """arXiv:2405.04517. State: ((h, s, n, m), each (B, H, P), conv (B, window - 1, width)), P = width / H."""
 
+    @checked
     def __init__(self, width: int, num_heads: int = 4, window: int = 4, eps: float = 1e-5):
         super().__init__()
         self.width, self.num_heads = width, num_heads

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import GatedRMSNorm, carried, fitting, head_width, heads, wide
+from riverrun.nn import GatedRMSNorm, carried, checked, fitting, head_width, heads, wide
 from riverrun.nn.route import Router, masked, packed
 
 
@@ -30,6 +30,7 @@ class SSE(nn.Module):
     every step, for torch.compile(fullgraph=True).
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -52,8 +53,6 @@ class SSE(nn.Module):
         self.query, self.key, self.gate = (nn.Linear(R, width, bias=False) for _ in range(3))
         self.decay, self.decays = nn.Linear(decay_rank, width), nn.Linear(decay_rank, width)
         self.router = Router(width, num_partitions, max(writers, readers))
-        if min(writers, readers) < 1:
-            raise ValueError(f"writers = {writers}, readers = {readers}; each must be at least 1")
         self.norm = GatedRMSNorm(width, K, eps, shared=True)
         self.out = nn.Linear(width, width, bias=False)
 

@@ -16,13 +16,14 @@ Source: Behrouz, Zhong & Mirrokni 2025 (arXiv:2501.00663) eq. 8-15 and sec. 4.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun.algorithms.fastweight import places
-from riverrun.nn import GatedRMSNorm, RMSNorm, ShortConv, attend, carried, heads, unit
+from riverrun.nn import NOT_NEGATIVE, GatedRMSNorm, RMSNorm, ShortConv, attend, carried, checked, heads, unit
 from riverrun.nn.attend import pairs
 from riverrun.nn.check import fitting
 from riverrun.nn.memory import Memory, gate_map, gates
@@ -37,6 +38,7 @@ class Titans(nn.Module):
     (B, H, K, E) and (B, H, E, K), E = expand · K; cache as in `sliding_window`, of twice the segment for mac.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -45,7 +47,7 @@ class Titans(nn.Module):
         memory: str = "mlp",
         window: int = 64,
         chunk: int = 64,
-        persistent: int = 16,
+        persistent: Annotated[int, NOT_NEGATIVE] = 16,
         expand: int = 4,
         base: float = 0.1,
         eps: float = 1e-6,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from riverrun.nn import RMSNorm, ShortConv, carried, head_width, heads, unit, wide
+from riverrun.nn import RMSNorm, ShortConv, carried, checked, head_width, heads, unit, wide
 from riverrun.nn.memory import Memory
 from riverrun.recurrences.memory import Rule
 from riverrun.state import State
@@ -24,6 +24,7 @@ class TTT(nn.Module):
     out) a matrix: (K + 1, K) if `memory` is "linear", (K + 1, E) and (E + 1, K) if "mlp"; E = expand · K.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import LocalConv, RMSNorm, apart, both_resets, both_ways, head_width, heads, whole, wide
+from riverrun.nn import (
+    LocalConv,
+    RMSNorm,
+    apart,
+    both_resets,
+    both_ways,
+    checked,
+    head_width,
+    heads,
+    whole,
+    wide,
+)
 
 
 class ViG(nn.Module):
@@ -23,6 +34,7 @@ class ViG(nn.Module):
     `columns`: how many tokens make a row of a picture; None for sequences.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from riverrun.nn import LocalConv, head_width, heads, parts, pooled, whole, wide
+from riverrun.nn import LocalConv, checked, head_width, heads, parts, pooled, whole, wide
 from riverrun.nn.init import log_rate, step_size_bias
 
 
@@ -24,6 +24,7 @@ class VSSD(nn.Module):
     `columns`: how many tokens make a row of a picture; None for sequences.
     """
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -37,7 +38,7 @@ class VSSD(nn.Module):
         super().__init__()
         E, H, G, N = expand * width, num_heads, num_groups, num_states
         head_width(E, H)
-        head_width(H, G, "num_groups")
+        head_width(H, G, "num_groups", "num_heads")
         self.width, self.num_heads, self.num_groups, self.columns = width, H, G, columns
         self.sizes, self.inner = (E, E + 2 * G * N, H), (E, G * N, G * N)
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [z, (x, B, C), dt]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.nn import HeadNorm, ShortConv, carried, head_width, heads, wide
+from riverrun.nn import HeadNorm, ShortConv, carried, checked, head_width, heads, wide
 from riverrun.nn.headwise import Headwise
 from riverrun.state import State
 
@@ -26,6 +26,7 @@ class XLSTM(nn.Module):
     E = expand · width, P = E / H; C and n are scaled by e^{-m}. `block` channels share a block of q, k and v.
     """
 
+    @checked
     def __init__(
         self,
         width: int,

@@ -54,7 +54,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Langua
     weights = read_tensors(folder / WEIGHTS, values.get("sha256"))
     tokenizer = tokens.load(folder / TOKENIZER)
     fits(config, tokenizer)
-    model = LanguageModel(config).to(device)
+    try:
+        model = LanguageModel(config).to(device)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}{version}: {error}") from error
     kinds = {x.dtype for x in weights.values() if x.is_floating_point()}
     if len(kinds) == 1:
         model.to(kinds.pop())

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
-from riverrun.mixers import build, row
+from riverrun.mixers import mixer_class, row
 from riverrun.nn import GatedMLP, RMSNorm, wide
+from riverrun.nn.check import settled
 from riverrun.state import State, describe, leaves
 
 from .pattern import layers
@@ -50,7 +51,7 @@ class Block(nn.Module):
     def __init__(self, name: str, config: LanguageConfig):
         super().__init__()
         self.mixer_norm = RMSNorm(config.width, config.eps)
-        self.mixer = build(name, config.width, **config.mixers.get(name, {}))
+        self.mixer = mixer_class(name)(config.width, **config.mixers.get(name, {}))
         self.mlp_norm = RMSNorm(config.width, config.eps)
         self.mlp = GatedMLP(config.width, config.inner)
 
@@ -65,18 +66,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
-        if config.vocabulary < 1 or config.width < 1:
-            raise ValueError(
-                f"vocabulary = {config.vocabulary} and width = {config.width} must be at least 1"
-            )
-        self.config, self.layers = config, layers(config.pattern, config.depth)
-        for name in config.mixers:
-            if name not in self.layers:
-                near = get_close_matches(name, self.layers, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"the pattern has {sorted(set(self.layers))}"
-                raise ValueError(
-                    f"arguments are given for the mixer '{name}', which is not in the pattern; {hint}"
-                )
+        self.config, self.layers = config, planned(config)
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         blocks = [Block(name, config) for name in self.layers]
         self.blocks = nn.ModuleList(blocks)
@@ -170,6 +160,26 @@ class LanguageModel(nn.Module):
                         f"the state is of {x.shape[0]} sequences, the tokens of {batch}: a state continues "
                         "just the sequences that made it; riverrun.state.select picks or repeats some"
                     )
+
+
+def planned(config: LanguageConfig) -> list[str]:
+    """The mixer's name for each layer. Raises ValueError unless the sizes are sizes, and mixers and pattern
+    fit each other; what a mixer takes, it says itself."""
+    settled(LanguageConfig.__init__, vars(config), "the model")
+    found = layers(config.pattern, config.depth)
+    for name, args in config.mixers.items():
+        if name not in found:
+            near = get_close_matches(name, found, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the pattern has {sorted(set(found))}"
+            raise ValueError(
+                f"arguments are given for the mixer '{name}', which is not in the pattern; {hint}"
+            )
+        if "width" in args:
+            raise ValueError(
+                f"the arguments of the mixer '{name}' have a width, {args['width']!r}; it is the "
+                "model's: set the width there"
+            )
+    return found
 
 
 @torch.no_grad()

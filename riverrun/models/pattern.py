@@ -12,8 +12,6 @@ def layers(pattern: str, depth: int) -> list[str]:
 
     Raises ValueError for a malformed term, and for a name that is no mixer with the nearest one.
     """
-    if depth < 1:
-        raise ValueError(f"depth is {depth}; a model has at least 1 layer")
     cycle: list[str] = []
     for term in pattern.split("+"):
         found = re.fullmatch(r"\s*(?:(\d+)\s+)?([A-Za-z_]\w*)\s*", term)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from riverrun.mixers.rwkv7 import RWKV7
 from riverrun.nn import carried, fitting, shifted, wide
+from riverrun.nn.check import settled
 from riverrun.state import State
 
 
@@ -83,8 +84,7 @@ class RWKV7Model(nn.Module):
 
     def __init__(self, config: RWKV7Config):
         super().__init__()
-        if config.vocabulary < 1 or config.depth < 1:
-            raise ValueError(f"vocabulary = {config.vocabulary}, depth = {config.depth}; both are at least 1")
+        settled(RWKV7Config.__init__, vars(config), "the model")
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.first_norm, self.norm = (nn.LayerNorm(config.width, config.eps) for _ in range(2))

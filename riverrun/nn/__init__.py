@@ -3,7 +3,7 @@
 from .attend import attend
 from .average import WeightedAverage
 from .both import apart, both_resets, both_ways, each_document, pooled
-from .check import carried, fitting, head_width, whole
+from .check import FRACTION, NOT_NEGATIVE, Only, carried, checked, fitting, head_width, whole
 from .conv import LocalConv, ShortConv, previous
 from .lowrank import LowRank
 from .mlp import GatedMLP
@@ -17,11 +17,14 @@ from .shape import heads, wide
 from .shift import shifted
 
 __all__ = [
+    "FRACTION",
+    "NOT_NEGATIVE",
     "GatedMLP",
     "GatedRMSNorm",
     "HeadNorm",
     "LocalConv",
     "LowRank",
+    "Only",
     "RMSNorm",
     "SelectiveScan",
     "ShortConv",
@@ -31,6 +34,7 @@ __all__ = [
     "both_resets",
     "both_ways",
     "carried",
+    "checked",
     "each_document",
     "fitting",
     "head_width",

@@ -86,7 +86,7 @@ def pairs(width: int, num_heads: int, window: int | None = None) -> int:
 def grouped(num_heads: int, num_key_heads: int | None) -> int:
     """G: as many as there are heads unless given. Raises ValueError if it does not divide them."""
     G = num_key_heads or num_heads
-    head_width(num_heads, G, "num_key_heads")
+    head_width(num_heads, G, "num_key_heads", "num_heads")
     return G
 
 

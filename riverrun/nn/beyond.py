@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from riverrun import ops
 from riverrun.state import State, describe
 
-from .check import accepts, fitting
+from .check import NOT_NEGATIVE, checked, fitting
 from .rotary import positions
 from .shape import wide
 
@@ -45,12 +45,13 @@ class Beyond(nn.Module):
     usual: Tensor
     decay: Tensor
 
+    @checked
     def __init__(
         self,
         channels: int,
         length: int,
         forget: float = 1.0,
-        insert: float = 1.0,
+        insert: Annotated[float, NOT_NEGATIVE] = 1.0,
         limit: float | None = None,
         every: int = 64,
         window: int | None = None,
@@ -58,15 +59,14 @@ class Beyond(nn.Module):
         global_above: float = 1e-3,
     ):
         super().__init__()
-        if length < 1 or every < 1 or (window is not None and window < length):
+        if window is not None and window < length:
             raise ValueError(
-                f"length = {length}, every = {every}, window = {window}: the first two are at least 1, "
-                "a window at least as long as the training"
+                f"length = {length}, window = {window}: a window is at least as long as the training"
             )
-        if forget < 1 or not 0 <= insert <= 1:
+        if forget < 1 or insert > 1:
             raise ValueError(f"forget = {forget} must be at least 1, insert = {insert} in 0..1")
-        if limit is not None and (window is not None or limit <= 0):
-            raise ValueError(f"limit = {limit} must be positive, and a window, {window}, takes none")
+        if limit is not None and window is not None:
+            raise ValueError(f"limit = {limit}: a window, {window}, takes none")
         self.width, self.length, self.forget, self.insert = channels, length, forget, insert
         self.limit, self.every, self.window, self.global_above = limit, every, window, global_above
         self.filter = filter
@@ -190,7 +190,6 @@ def switches(channels: int, settings: dict[str, Any] | None) -> Beyond | None:
     """The switches that a mixer's `beyond` names, None for none. Raises ValueError for one there is not."""
     if settings is None:
         return None
-    accepts(Beyond, settings, "beyond")
     if "length" not in settings:
         raise ValueError(f"beyond = {settings} names no training length; give beyond={{'length': 2048, ...}}")
     return Beyond(channels, **settings)

@@ -1,16 +1,21 @@
-"""What a mixer asks of its input before it computes."""
+"""What a mixer asks of its settings before it is built, and of its input before it computes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any
+from functools import wraps
+from typing import Annotated, Any, NamedTuple, ParamSpec, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from riverrun.config import spell, typed
 from riverrun.state import State, describe
+
+P = ParamSpec("P")
 
 
 def carried(mixer: nn.Module, x: Tensor, state: State, reset: Tensor | None, parts: int = 1) -> Any:
@@ -67,19 +72,71 @@ def fitting(mixer: nn.Module, part: State, *shape: int) -> State:
     return part
 
 
-def head_width(width: int, num_heads: int, what: str = "num_heads") -> int:
-    """width / num_heads. Raises ValueError unless that is a positive whole number."""
+def head_width(width: int, num_heads: int, what: str = "num_heads", of: str = "the width") -> int:
+    """width / num_heads. Raises ValueError unless both are positive and that is a whole number."""
+    if width < 1:
+        raise ValueError(f"{of} is {width}; it must be at least 1")
     if num_heads < 1 or width % num_heads:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
-        raise ValueError(f"{what} = {num_heads} does not divide the width {width}; accepted are {divisors}")
+        raise ValueError(f"{what} = {num_heads} does not divide {of} {width}; accepted are {divisors}")
     return width // num_heads
 
 
-def accepts(cls: type, given: Iterable[str], what: str) -> None:
-    """Raise ValueError, with the nearest one, for a name that is no argument of cls after its first."""
-    accepted = list(inspect.signature(cls).parameters)[1:]
+class Only(NamedTuple):
+    """Which numbers a setting may be: `base: Annotated[float, Only(lambda x: x > 1, "more than 1")]`."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+POSITIVE = Only(lambda x: 0 < x < math.inf, "greater than 0")
+NOT_NEGATIVE = Only(lambda x: x >= 0, "0 or greater")
+FRACTION = Only(lambda x: 0 <= x < 1, "at least 0 and less than 1")
+
+
+def checked(init: Callable[P, None]) -> Callable[P, None]:
+    """An `__init__` that refuses what `settled` refuses, before it runs."""
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def made(*args: P.args, **given: P.kwargs) -> None:
+        what = type(args[0]).__name__
+        known(given, [*signature.parameters][1:], what)
+        bound = signature.bind(*args, **given).arguments
+        init(**{**bound, **settled(init, {k: v for k, v in bound.items() if k != "self"}, what)})
+
+    return made
+
+
+def known(given: Iterable[str], accepted: list[str], what: str) -> None:
+    """Raise ValueError, with the nearest one, for a name that is not among the accepted."""
     for name in given:
         if name not in accepted:
             near = get_close_matches(name, accepted, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it takes {accepted}"
             raise ValueError(f"{what} takes no argument '{name}'; {hint}")
+
+
+def settled(init: Callable[..., None], given: dict[str, Any], what: str) -> dict[str, Any]:
+    """`given` with each value turned into what the annotations of an `__init__` say.
+
+    Numbers must be positive, unless an `Only` in the annotation says otherwise. Raises ValueError that names
+    the argument, what was given and what is accepted.
+    """
+    hints, defaults = get_type_hints(init, include_extras=True), inspect.signature(init).parameters
+    found = {}
+    for name, value in given.items():
+        kind, only = hints.get(name, Any), POSITIVE
+        if get_origin(kind) is Annotated:
+            kind, only = get_args(kind)
+        try:
+            new = typed(kind, value, name)
+            numbers = [x for x in (new if isinstance(new, tuple) else (new,)) if type(x) in (int, float)]
+            if not all(map(only.holds, numbers)):
+                raise ValueError(f"{name} is {value!r}; it must be {spell(kind)}, {only.words}")
+        except ValueError as error:
+            default = defaults[name].default
+            usual = "" if default is inspect.Parameter.empty else f"; unless given it is {default!r}"
+            raise ValueError(f"{what}: {error}{usual}") from None
+        found[name] = new
+    return found

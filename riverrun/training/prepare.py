@@ -13,7 +13,7 @@ from riverrun.data import tokens
 from riverrun.data.packing import Batches, Corpus, documents, find, text
 from riverrun.data.tokens import BPETokenizer, ByteTokenizer, Tokenizer
 from riverrun.models.device import available
-from riverrun.models.language import LanguageModel
+from riverrun.models.language import Block, LanguageModel, planned
 
 from . import checkpoint
 from .checkpoint import Progress, Training
@@ -40,6 +40,8 @@ def prepare(config: TrainConfig, resume: bool) -> tuple[Training, Batches, Token
     files = find(config.data.files)
     if not files:
         raise ValueError("data.files is empty; name the text to learn from: data.files=book.txt")
+    for name in {*planned(replace(config.model, vocabulary=1))}:
+        Block(name, config.model)  # what cannot be built is said before a tokenizer is learnt
     separator = config.data.separator
     if separator and not any(separator.encode() in file.read_bytes() for file in files):
         raise ValueError(
@@ -70,10 +72,7 @@ def begin(config: TrainConfig, tokenizer: Tokenizer) -> Training:
         raise ValueError(
             f"model.vocabulary = {sizes.vocabulary}, but the tokenizer has {tokenizer.size}; leave it at 0"
         )
-    try:
-        model = LanguageModel(replace(sizes, vocabulary=tokenizer.size))
-    except TypeError as error:  # such as a word where a mixer counts
-        raise ValueError(f"model.mixers = {sizes.mixers} cannot be built: {error}") from error
+    model = LanguageModel(replace(sizes, vocabulary=tokenizer.size))
     if config.evaluation.file is not None:
         check(model, config.evaluation.context)
     if model.grows and config.data.mode == "stream":

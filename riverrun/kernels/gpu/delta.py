@@ -10,6 +10,7 @@ from riverrun.kernels.library import define
 from . import memory, step
 from .outer import fake_pairs, fake_state, like
 from .plan import Inputs
+from .tape import repeated
 
 
 def _forward(q, k, v, beta, g, state, reset, save):
@@ -36,7 +37,7 @@ def _fake(q, k, v, beta, g, state, reset, save):
 
 _delta = define(
     "delta_gpu", "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? reset",
-    2, 2, "cuda", _forward, _backward, _fake,
+    2, 2, "cuda", repeated(_forward), repeated(_backward), _fake,
 )  # fmt: skip
 
 

@@ -10,16 +10,27 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
 _kept: dict[tuple[Any, ...], Any] = {}
+
+
+class Recording(threading.local):
+    """The `tape.Tape` that records this thread's launches, if one does."""
+
+    tape: Any = None
+
+
+recording = Recording()
 
 
 class Piece:
@@ -55,21 +66,27 @@ def launch(
 
     `wgmma` says whether it may use Hopper's own matrix instructions, `registers` how many a thread may take.
     """
+    tape = recording.tape
     if DEVICE == "cpu":
-        kernel[grid](*args, *constants)
+        with _disable_current_modes():  # a tape is not for what the interpreter does
+            kernel[grid](*args, *constants)
+        if tape is not None:
+            tape.launched(lambda stream, values: kernel[grid](*values, *constants), args)
         return
     values = [x if x is None or type(x) is int else x.data_ptr() for x in args]
     kinds = [kind(x, value) for x, value in zip(args, values)]
     device = torch._C._cuda_getDevice()
     key = (id(kernel), device, constants, warps, stages, wgmma, registers, *kinds)
-    kept = _kept.get(key)
+    kept, blocks = _kept.get(key), (*grid, 1, 1)[:3]
     if kept is None:
         with instructions(wgmma):
             compiled = kernel[grid](*args, *constants, num_warps=warps, num_stages=stages, maxnreg=registers)
-        _kept[key] = direct(compiled)
-        return
-    call, before = kept
-    call(*(*grid, 1, 1)[:3], torch._C._cuda_getCurrentRawStream(device), *before, *values, *constants)
+        call, before = _kept[key] = direct(compiled)
+    else:
+        call, before = kept
+        call(*blocks, torch._C._cuda_getCurrentRawStream(device), *before, *values, *constants)
+    if tape is not None:
+        tape.launched(lambda stream, values: call(*blocks, stream, *before, *values, *constants), args)
 
 
 def direct(compiled: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -14,13 +14,27 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 
+from riverrun import ops
 from riverrun.algorithms import shift
 from riverrun.kernels.gpu import conv
+from riverrun.kernels.gpu import norm as gpu_norm
 from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.mixers.mamba2 import Mamba2
 from riverrun.mixers.rwkv7 import RWKV7
 from riverrun.models.rwkv7 import ChannelMix
-from riverrun.nn import GatedMLP, GatedRMSNorm, HeadNorm, parts, remade, removal, rotate, scaled, shifted
+from riverrun.nn import (
+    GatedMLP,
+    GatedRMSNorm,
+    HeadNorm,
+    RMSNorm,
+    parts,
+    remade,
+    removal,
+    rotate,
+    scaled,
+    shifted,
+)
+from riverrun.nn import norm as norms
 from riverrun.nn.parts import padded
 from riverrun.state import leaves
 
@@ -138,6 +152,34 @@ def test_gated_norm_with_a_skip(before, dtype, bound):
         return layer(x, z, (d, wider[..., 5:].unflatten(-1, (H, P))))
 
     agree(run, inputs, dtype, bound)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, BOUND), (torch.bfloat16, ROUNDED)], ids=str)
+@pytest.mark.parametrize("shape", [(B, T, 12), (B, T, 3, 50), (7, 1030)], ids=str)
+def test_rms_norm(shape, dtype, bound, monkeypatch):
+    """Of a part of wider rows, too; y and the gradients have the dtypes of x and the weight."""
+    launches = []
+    monkeypatch.setattr(norms, "LARGE", 0)
+    whole = gpu_norm.gated_rms_norm
+    monkeypatch.setattr(gpu_norm, "gated_rms_norm", lambda *args: launches.append(1) or whole(*args))
+
+    def run(x, wider, w):
+        layer = RMSNorm(shape[-1], 1e-3)
+        del layer.weight
+        layer.weight = w
+        return layer(x), layer(wider[..., 3 : 3 + shape[-1]])
+
+    agree(run, (numbers(*shape), numbers(*shape[:-1], shape[-1] + 5), numbers(shape[-1])), dtype, bound)
+    assert len(launches) == 4  # and none for float64
+
+
+def test_rms_norm_is_pytorchs_where_it_must_be(monkeypatch):
+    monkeypatch.setattr(norms, "LARGE", 0)
+    monkeypatch.setattr(gpu_norm, "gated_rms_norm", None)
+    layer, x = RMSNorm(8).to(DEVICE), numbers(3, 8).to(DEVICE)
+    with ops.forced(outer="chunk"):
+        forced = layer(x)
+    assert torch.equal(torch.func.vmap(layer)(x), forced)
 
 
 @dtypes

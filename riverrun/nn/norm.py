@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun.kernels.cpu import norm as cpu
+from riverrun.kernels.library import watched
 from riverrun.ops import gpu, is_forced
 
 from .shape import wide
 
 Bonus = tuple[Tensor, Tensor, Tensor, Tensor]
+LARGE = 1 << 24  # numbers from which a GPU takes longer than Python's call of our kernel, 0.1 ms
 SMALL = 16384  # numbers for which PyTorch's operators are as fast as a call of a kernel
 
 
@@ -19,6 +21,13 @@ def in_one_pass(x: Tensor) -> bool:
     """Whether the compiled norm runs x. In float64, and inside `ops.forced`, it is PyTorch's, which can be
     differentiated twice; a few steps are not worth a call."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > SMALL and not is_forced()
+
+
+def in_one_kernel(x: Tensor) -> bool:
+    """Whether a plain norm of x is our own on a GPU: PyTorch's where that is no slower, where somebody names
+    implementations or watches operators (a compiler makes one kernel of it and its neighbours)."""
+    large = x.numel() >= LARGE and gpu is not None and not (is_forced() or watched())
+    return large and gpu.norm.refuses(x, None, x.shape[-1]) is None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -30,6 +39,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if in_one_kernel(x):
+            return gpu.norm.gated_rms_norm(x, None, self.weight, x.shape[-1], self.eps)
         if x.is_cuda and x.dtype == self.weight.dtype:  # whose own sums are float32
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         dtype, x, w = x.dtype, wide(x), wide(self.weight)

@@ -1,4 +1,4 @@
-"""RMS norm of groups of channels with a gate, forward and backward in one pass each over x and z, and `unit`.
+"""RMS norm of groups of channels, gated or not, forward and backward in one pass each over x and z; `unit`.
 
     y = w ⊙ norm(x) ⊙ silu(z)        or, gated `before`,        y = w ⊙ norm(x ⊙ silu(z))
     norm(g) = g r        r = 1 / sqrt(mean(g²) + eps)        dg = r (dn - n mean(dn ⊙ n))    with n = g r
@@ -24,12 +24,12 @@ WIDEST = 16384  # channels of one group, which one program holds
 
 
 @triton.jit
-def _inner(x, z, N, eps, BEFORE: tl.constexpr):
-    """What is normalised, and the gate with its derivative."""
+def _inner(x, z, N, eps, GATED: tl.constexpr, BEFORE: tl.constexpr):
+    """What is normalised, and the gate with its derivative, which nobody reads unless GATED."""
     gate = tl.sigmoid(z)
     slope = gate * (1.0 + z * (1.0 - gate))
     gate = z * gate
-    u = x * gate if BEFORE else x
+    u = x * gate if GATED and BEFORE else x
     r = 1.0 / tl.sqrt(tl.sum(u * u, 1) / N + eps)
     return u * r[:, None], r[:, None], gate, slope
 
@@ -44,14 +44,18 @@ def _forward(
     group = tl.program_id(1)
     channel, inside = group * N + c[None, :], (row < R)[:, None] & (c < N)[None, :]
     x_ = tl.load(x + row[:, None] * XS + channel, mask=inside, other=0.0).to(tl.float32)
-    z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
+    z_ = x_
+    if z is not None:
+        z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
     if d is not None:
         d_ = tl.load(d + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
         x_ += d_ * tl.load(u + row[:, None] * US + channel, mask=inside, other=0.0).to(tl.float32)
-    n, _, gate, _ = _inner(x_, z_, N, eps, BEFORE)
+    n, _, gate, _ = _inner(x_, z_, N, eps, z is not None, BEFORE)
     n *= tl.load(w + group * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
     at = row[:, None] * (M * N) + channel
-    tl.store(y + at, (n if BEFORE else n * gate).to(y.dtype.element_ty), mask=inside)
+    if z is not None and not BEFORE:
+        n *= gate
+    tl.store(y + at, n.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -70,25 +74,27 @@ def _backward(
         at = row[:, None] * (M * N) + channel
         inside = (row < R)[:, None] & (c < N)[None, :]
         x_ = tl.load(x + row[:, None] * XS + channel, mask=inside, other=0.0).to(tl.float32)
-        z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
+        z_ = x_
+        if z is not None:
+            z_ = tl.load(z + row[:, None] * ZS + channel, mask=inside, other=0.0).to(tl.float32)
         dy_ = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         if d is not None:
             u_ = tl.load(u + row[:, None] * US + channel, mask=inside, other=0.0).to(tl.float32)
             x_ += d_ * u_
-        n, r, gate, slope = _inner(x_, z_, N, eps, BEFORE)
-        gated = dy_ if BEFORE else dy_ * gate
+        n, r, gate, slope = _inner(x_, z_, N, eps, z is not None, BEFORE)
+        gated = dy_ if z is None or BEFORE else dy_ * gate
         total += gated * n
         dn = gated * w_
         dg = r * (dn - n * (tl.sum(dn * n, 1) / N)[:, None])
-        if BEFORE:
+        dx_, dz_ = dg, dy_ * w_ * n * slope
+        if z is not None and BEFORE:
             dx_, dz_ = dg * gate, dg * x_ * slope
-        else:
-            dx_, dz_ = dg, dy_ * w_ * n * slope
         if d is not None:
             total_d += dx_ * u_
             tl.store(du + at, (dx_ * d_).to(du.dtype.element_ty), mask=inside)
         tl.store(dx + at, dx_.to(dx.dtype.element_ty), mask=inside)
-        tl.store(dz + at, dz_.to(dz.dtype.element_ty), mask=inside)
+        if z is not None:
+            tl.store(dz + at, dz_.to(dz.dtype.element_ty), mask=inside)
     tl.store(dw + (part * M + group) * N + c, tl.sum(total, 0), mask=c < N)
     if d is not None:
         tl.store(dd + (part * M + group) * N + c, tl.sum(total_d, 0), mask=c < N)
@@ -118,30 +124,31 @@ def _rows(x: Tensor, groups: int, group: int) -> Tensor:
 
 @torch.library.custom_op("riverrun::gated_norm_gpu", mutates_args=(), device_types=DEVICE)
 def _norm(
-    x: Tensor, z: Tensor, w: Tensor, d: Tensor | None, u: Tensor | None, eps: float, before: bool
+    x: Tensor, z: Tensor | None, w: Tensor, d: Tensor | None, u: Tensor | None, eps: float, before: bool
 ) -> Tensor:
     y, tile = _like(x), _tile(x, before)
     grid = (triton.cdiv(x.shape[0], tile["ROWS"]), x.shape[1])
-    strides = x.stride(0), z.stride(0), 0 if u is None else u.stride(0)
+    strides = [0 if t is None else t.stride(0) for t in (x, z, u)]
     _forward[grid](x, z, w, d, u, y, x.shape[0], x.shape[2], *strides, eps, **tile)
     return y
 
 
 @torch.library.custom_op("riverrun::gated_norm_gpu_backward", mutates_args=(), device_types=DEVICE)
 def _norm_backward(
-    x: Tensor, z: Tensor, w: Tensor, d: Tensor | None, u: Tensor | None, dy: Tensor, eps: float, before: bool
-) -> list[Tensor]:
-    """Gradients of x, z, w, and with a skip those of d and u."""
+    x: Tensor, z: Tensor | None, w: Tensor, d: Tensor | None, u: Tensor | None, dy: Tensor,
+    eps: float, before: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, w, and of those of z, d and u that are there."""
     (R, M, N), tile = x.shape, _tile(x, before)
     parts = min(triton.cdiv(R, tile["ROWS"]), max(1, PROGRAMS // M))
     length = triton.cdiv(triton.cdiv(R, parts), tile["ROWS"]) * tile["ROWS"]
     parts = triton.cdiv(R, length)
-    dx, dz, du = _like(x), _like(z), None if u is None else _like(u)
+    dx, dz, du = (None if t is None else _like(t) for t in (x, z, u))
     dw, dd = (None if t is None else x.new_empty(parts, M, N, dtype=torch.float32) for t in (w, d))
-    strides = x.stride(0), z.stride(0), 0 if u is None else u.stride(0)
+    strides = [0 if t is None else t.stride(0) for t in (x, z, u)]
     _backward[(parts, M)](x, z, w, d, u, dy, dx, dz, dw, dd, du, R, N, *strides, eps, length, **tile)
-    skip = [] if d is None else [dd.sum(0).to(d.dtype), du]
-    return [dx, dz, dw.sum(0).to(w.dtype), *skip]
+    dw, dd = (None if t is None else part.sum(0).to(t.dtype) for t, part in ((w, dw), (d, dd)))
+    return [t for t in (dx, dz, dw, dd, du) if t is not None]
 
 
 @_norm.register_fake
@@ -160,18 +167,19 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, dy):
-    found = _norm_backward(*ctx.saved_tensors, dy.contiguous(), ctx.eps, ctx.before)
-    return *found, *[None] * (7 - len(found))
+    found = iter(_norm_backward(*ctx.saved_tensors, dy.contiguous(), ctx.eps, ctx.before))
+    return *(None if t is None else next(found) for t in ctx.saved_tensors), None, None
 
 
 _norm.register_autograd(_gradients, setup_context=_setup)
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor, weight: Tensor, group: int, eps: float = 1e-6, before: bool = False,
+    x: Tensor, z: Tensor | None, weight: Tensor, group: int, eps: float = 1e-6, before: bool = False,
     skip: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x, z: (..., width); weight: (width), or (group) shared by all groups; y has x's shape and dtype.
+    """x, z: (..., width); weight: (width), or (group) shared by all groups; y has x's shape and dtype. No z,
+    no gate.
 
     `skip`: (d, u), d (H) and u (..., H, P) with H P = width; x + d ⊙ u stands for x.
     """
@@ -182,7 +190,8 @@ def gated_rms_norm(
     if d is not None:
         d = d[:, None].expand(u.shape[-2:]).contiguous().view(w.shape)
         u = _rows(u.flatten(-2), *w.shape)
-    return _norm(_rows(x, *w.shape), _rows(z, *w.shape), w, d, u, eps, before).view(x.shape)
+    x_, z_ = (None if t is None else _rows(t, *w.shape) for t in (x, z))
+    return _norm(x_, z_, w, d, u, eps, before).view(x.shape)
 
 
 @triton.jit
@@ -260,10 +269,10 @@ def unit(x: Tensor, eps: float) -> Tensor:
     return _unit(_rows(x, *x.shape[-2:]), eps).view(x.shape)
 
 
-def refuses(x: Tensor, z: Tensor, group: int) -> str | None:
+def refuses(x: Tensor, z: Tensor | None, group: int) -> str | None:
     """Why the kernel cannot take x and z, or None."""
     if x.device.type != DEVICE:
         return f"it runs on {DEVICE}, x is on {x.device.type}"
-    if torch.float64 in (x.dtype, z.dtype):
+    if any(t is not None and t.dtype == torch.float64 for t in (x, z)):
         return "it computes in float32, and an argument is float64"
     return f"a group of {group} channels is more than the {WIDEST} of one program" if group > WIDEST else None

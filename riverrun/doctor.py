@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from riverrun.config import nearest
 from riverrun.kernels import verdicts as store
 from riverrun.ops import OPS
 from riverrun.testing import inputs
@@ -75,12 +76,12 @@ def run(
     kind = torch.device(device).type
     if kind not in DTYPES:
         raise ValueError(f"the doctor examines {sorted(DTYPES)}, not '{device}'")
-    unknown = set(ops or ()) - set(OPS)
-    if unknown:
-        raise ValueError(f"no ops {sorted(unknown)}; there are {sorted(OPS)}")
+    ops = [*(ops or OPS)]
+    if unknown := [name for name in ops if name not in OPS]:
+        raise ValueError(f"no op '{unknown[0]}'; {nearest(unknown[0], OPS)}")
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, not {jobs}")
-    patients = [(name, dtype) for name in ops or OPS for dtype in dtypes or DTYPES[kind]]
+    patients = [(name, dtype) for name in ops for dtype in dtypes or DTYPES[kind]]
     found = []
     for verdict in examined(patients, device, None if impls is None else list(impls), jobs):
         found.append(verdict)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
+
+from riverrun import disk
 
 State = Any  # Tensor | None | tuple[State, ...]; recursive, so a type checker gets no more than this
 
@@ -94,12 +96,15 @@ def unflatten(tensors: dict[str, Tensor], skeleton: Any) -> State:
 
 
 def save(state: State, path: str | Path, **metadata: str) -> None:
-    """Write a state to one safetensors file, with `metadata` beside it. Raises OSError when it cannot be."""
+    """Write a state to one safetensors file, with `metadata` beside it; what was there stays until it is
+    whole. Raises OSError when it cannot be."""
     tensors, skeleton = flatten(state)
+    data = safetensors.torch.save(tensors, {**metadata, "skeleton": json.dumps(skeleton)})
     try:
-        save_file(tensors, str(path), {**metadata, "skeleton": json.dumps(skeleton)})
-    except SafetensorError as error:
-        raise OSError(f"the state could not be written to {path}: {error}") from error
+        disk.replace(path, data)
+    except OSError as error:
+        said = f"the state could not be written to {path}: {error.strerror or error}"
+        raise OSError(error.errno, said) from error
 
 
 def load(path: str | Path) -> tuple[State, dict[str, str]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import TEXT, Doing, files, settings
 
+from riverrun import disk
 from riverrun.config import override
 from riverrun.models import folder
 from riverrun.training import checkpoint, log, prepare
@@ -34,20 +35,20 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import runs as t
 from riverrun.training.loop import train
-from riverrun.models import folder
+from riverrun import disk
 
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "between checkpoints":
     report = t.Doing(8, kill)
 else:
-    report, write, written = t.Silent(), folder.write_bytes, []
+    report, write, written = t.Silent(), disk.write, []
     def half(path, data):
         written.append(path)
         if len(written) == 8:  # five files a checkpoint: this is the third of the second one
             write(path, data[:20])
             kill()
         write(path, data)
-    folder.write_bytes = half
+    disk.write = half
 train(t.settings(Path(sys.argv[1]), "killed"), report=report)
 """
 
@@ -94,7 +95,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
     config = settings(tmp_path, "full")
-    write = folder.write_bytes
+    write = disk.write
 
     def full(path, data):
         if ".step-00000009" in str(path) and path.name == "training.safetensors":
@@ -102,8 +103,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(folder, "write_bytes", full)
-    monkeypatch.setattr(checkpoint, "write_bytes", full)
+    monkeypatch.setattr(disk, "write", full)
     with pytest.raises(
         OSError, match=r"no checkpoint .* at step 9 .No space left.*step-00000006.*Make room.*--resume"
     ) as error:

@@ -168,7 +168,9 @@ def test_several_processes_find_what_one_finds():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="no ops"):
-        doctor.run("cpu", ops=["dleta"])
+    with pytest.raises(ValueError, match="no op 'dleta'; did you mean 'delta'"):
+        doctor.run("cpu", ops=["outer", "dleta"])
+    with pytest.raises(ValueError, match=r"no op 'x'; there are .*, outer"):
+        doctor.run("cpu", ops=["x"])
     with pytest.raises(ValueError, match="no form"):
         inputs.make("outer", "sideways")

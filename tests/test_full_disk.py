@@ -4,8 +4,11 @@ The disk is a file system of two megabytes in memory, mounted for one process al
 a limit on the size of files, which every system has, still shows a write that fails half-way.
 """
 
+import errno
+import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -139,8 +142,23 @@ def test_a_file_that_may_not_grow(tmp_path):
 
 
 def test_a_state_that_may_not_grow(tmp_path):
-    with largest(64), pytest.raises(OSError, match=r"could not be written to .*x\.state: .*File too large"):
-        states.save((torch.zeros(1000),), tmp_path / "x.state")
+    for there in ([], ["x.state"]):  # nothing half-written is left, and what was there is as it was
+        with (
+            largest(64),
+            pytest.raises(OSError, match=r"not be written to .*x\.state: File too large") as error,
+        ):
+            states.save((torch.zeros(1000),), tmp_path / "x.state")
+        assert error.value.errno == errno.EFBIG and [p.name for p in tmp_path.iterdir()] == there
+        states.save((torch.ones(2),), tmp_path / "x.state")
+        assert states.load(tmp_path / "x.state")[0][0].tolist() == [1, 1]
+
+
+def test_a_state_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(stat.S_ISDIR(os.fstat(fd).st_mode)), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (done.append(b.name), replace(a, b)))
+    states.save((torch.ones(2),), tmp_path / "x.state")
+    assert done == [False, "x.state", True], "the file, its place, the folder that names it"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import build, text
 
+from riverrun import disk
 from riverrun.config import to_dict
 from riverrun.data.tokens import BPETokenizer, ByteTokenizer
 from riverrun.models import folder
@@ -131,7 +132,7 @@ def test_saving_again_leaves_one_folder_brought_to_the_disk(saved, monkeypatch):
     other, synced = build(vocabulary=257, depth=3), []
     weight = other.blocks[0].mlp.out.weight
     weight.data = weight.data.t().contiguous().t()  # strides are not what a file keeps
-    monkeypatch.setattr(folder.os, "fsync", synced.append)
+    monkeypatch.setattr(disk.os, "fsync", synced.append)
     folder.save(path, other, ByteTokenizer())
     assert [p.name for p in path.parent.iterdir()] == ["model"] and len(synced) == 4
     close(folder.load(path)[0](text(9))[0], other(text(9))[0], "saved again", bound=0)
@@ -141,7 +142,7 @@ def test_saving_again_leaves_one_folder_brought_to_the_disk(saved, monkeypatch):
 def test_a_full_disk_leaves_the_old_model(saved, monkeypatch):
     model, path = saved
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    write, calls = folder.write_bytes, []
+    write, calls = disk.write, []
 
     def full(file, data):
         calls.append(file)
@@ -150,7 +151,7 @@ def test_a_full_disk_leaves_the_old_model(saved, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
 
-    monkeypatch.setattr(folder, "write_bytes", full)
+    monkeypatch.setattr(disk, "write", full)
     with pytest.raises(OSError, match="No space left"):
         folder.save(path, build(vocabulary=257).double(), ByteTokenizer())
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before

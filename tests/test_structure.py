@@ -17,7 +17,7 @@ LINE = (
     "conversion tasks claims commands cli __main__"
 ).split()
 # beside the line: the last place whose things each of them may import
-BESIDE = {"config": None, "data": "config", "testing": "mixers", "doctor": "mixers"}
+BESIDE = {"config": None, "disk": None, "data": "config", "testing": "mixers", "doctor": "mixers"}
 
 
 def place(module: str) -> str:
@@ -30,12 +30,12 @@ def allowed(here: str, there: str) -> bool:
     if here in BESIDE:
         last = BESIDE[here]
         if last in LINE:
-            return there in LINE[: LINE.index(last) + 1] or (here == "doctor" and there == "testing")
+            return there in LINE[: LINE.index(last) + 1] or (
+                here == "doctor" and there in ("testing", "config")
+            )
         return there == last
-    if (
-        there in BESIDE
-    ):  # the command line shows the doctor; tests are for users; data are for models on, settings for layers on
-        reach = {"testing": "cli", "doctor": "training", "data": "models", "config": "nn"}[there]
+    if there in BESIDE:  # tests are for users, data for models on, settings for layers on, files for all
+        reach = dict(testing="cli", doctor="training", data="models", config="nn", disk="state")[there]
         return LINE.index(here) >= LINE.index(reach)
     return LINE.index(there) < LINE.index(here)
 

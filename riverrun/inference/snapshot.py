@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -43,11 +42,7 @@ def save(path: str | Path, sequences: Sequence[Stream], model: LanguageModel) ->
         {name: getattr(s, name) for name in KEPT} | {"outlet": asdict(s.outlet), "partial": s.partial.hex()}
         for s in sequences
     ]
-    written = Path(f"{path}.part")
-    states.save(
-        tuple(s.state for s in sequences), written, model=digest(model), sequences=json.dumps(records)
-    )
-    os.replace(written, path)
+    states.save(tuple(s.state for s in sequences), path, model=digest(model), sequences=json.dumps(records))
 
 
 def load(path: str | Path, model: LanguageModel) -> list[Stream]:

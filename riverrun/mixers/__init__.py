@@ -8,11 +8,12 @@ To add one: write `mixers/NAME.py` and its row in `mixers/table.py`. Tests, docs
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from torch import nn
+
+from riverrun.config import nearest
 
 from .table import MIXERS, Row
 
@@ -22,9 +23,7 @@ __all__ = ["MIXERS", "Row", "build", "mixer_class", "row"]
 def row(name: str) -> Row:
     """The row of a mixer. Raises ValueError with the nearest name when there is none."""
     if name not in MIXERS:
-        near = get_close_matches(name, MIXERS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {sorted(MIXERS)}"
-        raise ValueError(f"no mixer '{name}'; {hint}")
+        raise ValueError(f"no mixer '{name}'; {nearest(name, MIXERS)}")
     return MIXERS[name]
 
 

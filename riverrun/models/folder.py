@@ -3,17 +3,13 @@
     save("my-model", model, tokenizer)
     model, tokenizer = load("my-model")
 
-A folder appears whole or not at all: it is written beside its place, brought to the disk and then renamed.
+A folder appears whole or not at all (`riverrun.disk.replacing`).
 config.json holds the SHA-256 of the weights, so that a damaged file is refused and not trusted.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from riverrun import __version__
+from riverrun import __version__, disk
 from riverrun.config import from_dict, to_dict
 from riverrun.data import tokens
 from riverrun.data.tokens import Tokenizer
@@ -36,7 +32,7 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 
 def save(folder: str | Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Write a model and its tokenizer; what was there stays until all is written."""
-    with replacing(folder) as fresh:
+    with disk.replacing(folder) as fresh:
         write(fresh, model, tokenizer)
 
 
@@ -83,53 +79,14 @@ def write(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     fits(model.config, tokenizer)
     digest = write_tensors(folder / WEIGHTS, model.state_dict())
     values = {"riverrun": __version__, "model": to_dict(model.config), "sha256": digest}
-    write_bytes(folder / TOKENIZER, json.dumps(tokenizer.to_json()).encode())
-    write_bytes(folder / CONFIG, json.dumps(values, indent=2).encode())
-
-
-@contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the place of `folder` when the block ends without an error."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # what was there stays
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and bring it to the disk. Every byte of a model or a checkpoint goes through here."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Bring a folder's names to the disk, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    disk.write(folder / TOKENIZER, json.dumps(tokenizer.to_json()).encode())
+    disk.write(folder / CONFIG, json.dumps(values, indent=2).encode())
 
 
 def write_tensors(path: Path, values: dict[str, Tensor]) -> str:
     """Write tensors as safetensors; the SHA-256 of the file."""
     data = safetensors.torch.save({name: x.detach().contiguous().cpu() for name, x in values.items()})
-    write_bytes(path, data)
+    disk.write(path, data)
     return sha256(data).hexdigest()
 
 

@@ -11,7 +11,6 @@ of a document: no mixer carries anything over it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from riverrun import ops
+from riverrun.config import nearest
 from riverrun.mixers import mixer_class, row
 from riverrun.nn import GatedMLP, RMSNorm, wide
 from riverrun.nn.check import settled
@@ -169,10 +169,9 @@ def planned(config: LanguageConfig) -> list[str]:
     found = layers(config.pattern, config.depth)
     for name, args in config.mixers.items():
         if name not in found:
-            near = get_close_matches(name, found, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the pattern has {sorted(set(found))}"
             raise ValueError(
-                f"arguments are given for the mixer '{name}', which is not in the pattern; {hint}"
+                f"arguments are given for the mixer '{name}', which is not in the pattern; "
+                f"{nearest(name, dict.fromkeys(found))}"
             )
         if "width" in args:
             raise ValueError(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from functools import wraps
 from typing import Annotated, Any, NamedTuple, ParamSpec, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from riverrun.config import spell, typed
+from riverrun.config import nearest, spell, typed
 from riverrun.state import State, describe
 
 P = ParamSpec("P")
@@ -102,8 +101,10 @@ def checked(init: Callable[P, None]) -> Callable[P, None]:
     def made(*args: P.args, **given: P.kwargs) -> None:
         what = type(args[0]).__name__
         known(given, [*signature.parameters][1:], what)
-        bound = signature.bind(*args, **given).arguments
-        init(**{**bound, **settled(init, {k: v for k, v in bound.items() if k != "self"}, what)})
+        bound = signature.bind(*args, **given)
+        own = [*bound.arguments][1:]
+        bound.arguments.update(settled(init, {name: bound.arguments[name] for name in own}, what))
+        init(*bound.args, **bound.kwargs)
 
     return made
 
@@ -112,9 +113,7 @@ def known(given: Iterable[str], accepted: list[str], what: str) -> None:
     """Raise ValueError, with the nearest one, for a name that is not among the accepted."""
     for name in given:
         if name not in accepted:
-            near = get_close_matches(name, accepted, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it takes {accepted}"
-            raise ValueError(f"{what} takes no argument '{name}'; {hint}")
+            raise ValueError(f"{what} takes no argument '{name}'; {nearest(name, accepted)}")
 
 
 def settled(init: Callable[..., None], given: dict[str, Any], what: str) -> dict[str, Any]:

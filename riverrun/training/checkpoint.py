@@ -5,7 +5,7 @@
         training.safetensors      the optimizer's memory, the carried state, the random state
         training.json             the step, the clock, the run's settings
 
-A checkpoint appears whole or not at all (`riverrun.models.folder.replacing`), and older ones go only after it
+A checkpoint appears whole or not at all (`riverrun.disk.replacing`), and older ones go only after it
 stands.
 """
 
@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from riverrun import disk
 from riverrun import state as states
 from riverrun.config import from_dict, to_dict
 from riverrun.data.tokens import Tokenizer
-from riverrun.models.folder import read_json, read_tensors, replacing, write, write_bytes, write_tensors
+from riverrun.models.folder import read_json, read_tensors, write, write_tensors
 from riverrun.models.language import LanguageModel
 from riverrun.state import State
 
@@ -61,7 +62,7 @@ def save(config: TrainConfig, training: Training, tokenizer: Tokenizer) -> Path:
     carried, skeleton = states.flatten(training.state)
     tensors = {f"optimizer/{k}": v for k, v in optim.moments(training.optimizer, training.model).items()}
     tensors |= {f"state/{k}": v for k, v in carried.items()} | random_state()
-    with replacing(path) as fresh:
+    with disk.replacing(path) as fresh:
         write(fresh, training.model, tokenizer)
         values = {
             "progress": asdict(training.progress),
@@ -69,7 +70,7 @@ def save(config: TrainConfig, training: Training, tokenizer: Tokenizer) -> Path:
             "skeleton": skeleton,
             "sha256": write_tensors(fresh / TENSORS, tensors),
         }
-        write_bytes(fresh / VALUES, json.dumps(values, indent=2).encode())
+        disk.write(fresh / VALUES, json.dumps(values, indent=2).encode())
     for old in found(config.out)[: -config.keep]:
         shutil.rmtree(old)
     for broken in folder.glob(".step-*"):  # left by a run that was killed while it wrote

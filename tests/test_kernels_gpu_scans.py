@@ -3,14 +3,15 @@ a CPU."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
+from triton.runtime import interpreter
 
 from riverrun import doctor, ops
-from riverrun.kernels import gpu
 from riverrun.kernels.gpu import KERNELS, norm, swiglu
 from riverrun.kernels.gpu import loss as gpu_loss
 from riverrun.kernels.gpu.launch import DEVICE
@@ -191,11 +192,25 @@ def test_refusals_name_the_reason():
     assert "float64" in ops.explain("diagonal", a, a)
 
 
-def test_signed_decays_in_float32_are_refused():
-    x, A, B = torch.zeros(1, 2, 3), -torch.ones(3, 4), torch.zeros(1, 2, 4)
-    assert "beyond the bound" in gpu.refuses("selective", (x, x, A, B, B, A))
-    assert gpu.refuses("selective", (x, x, A, B, B, None)) is None
-    assert gpu.refuses("selective", (x.bfloat16(), x, A, B, B, A)) is None
+@interpreted
+def test_signed_decays_near_one_are_exact(monkeypatch):
+    """A chip's exponential that always errs to one side, by as much as a GPU's may, in 64 decays from the
+    first step to the last: 2e-5 if it is taken, 64 roundings of 2^-24 if not."""
+    mine = interpreter.InterpreterBuilder.create_exp
+    shift = np.float32(1 + 2**-22)
+
+    def skewed(builder, x):
+        e = mine(builder, x)
+        return interpreter.TensorHandle(e.data * shift, x.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_exp", skewed)
+    one = torch.ones(1, 65, 1)
+    A, low = torch.full((1, 1), -0.5), torch.full((1, 1), -0.3)
+    args = F.pad(one[:, :1], (0, 0, 0, 64)), 0.01 * one, A, one, one, low
+    y, _ = KERNELS["selective"](*args)
+    decay = 1.3 * torch.exp(args[1][0, 0].double() * A[0].double()) - 0.3
+    expected = 0.01 * decay ** torch.arange(65)
+    torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=4e-6, atol=0)
 
 
 @on_gpu

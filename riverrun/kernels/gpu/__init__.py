@@ -43,8 +43,6 @@ def refuses(name: str, args: tuple[Tensor | None, ...]) -> str | None:
         return memory.refuses(args[1])
     if name in cells.GATES:
         return cells.refuses(args[0], args[1])
-    if name == "selective":
-        return selective.refuses(args[0], args[5])
     if name == "softmax":
         return softmax.refuses(args[1])
     if name in ("short_conv", "short_conv_silu"):

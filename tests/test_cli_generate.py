@@ -149,6 +149,9 @@ def test_bad_settings_and_prompts_of_generate_are_refused(riverrun, model, tmp_p
     refused(riverrun("generate", model, "temprature=1"), "did you mean 'temperature'?")
     refused(riverrun("generate", model, "top_p=high"), "'high' is not float")
     refused(riverrun("generate", model, "top_p=2"), "top_p = 2")
+    refused(
+        riverrun("generate", model, "--stop", "a", "--stop", ""), "a stop string is empty, ''", "leave it out"
+    )
     refused(riverrun("generate", model, "-p", "<|user|>"), "<|user|>", "special=")
     refused(riverrun("generate", model, "-p", "<|user|>", "special=read"), "unknown special token")
     refused(riverrun("generate", model, "-f", tmp_path / "no.txt"), "no prompt file", "no.txt")

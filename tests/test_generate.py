@@ -225,6 +225,14 @@ def test_files_that_hold_no_run_are_refused(tmp_path):
         snapshot.load(file, made)
 
 
+@pytest.mark.parametrize(
+    "stop, match", [(("a", ""), "is empty, ''"), ("ab", "stop is 'ab'"), ((3,), "is 3; it")]
+)
+def test_stop_strings_that_are_none_are_refused(stop, match):
+    with pytest.raises(ValueError, match=match):
+        Limits(stop=stop)
+
+
 def test_a_sequence_that_has_ended_goes_on_after_a_prompt_only():
     made = model()
     run = Generation(made, TOKENIZER, ["a"], Limits(40), MIXED)

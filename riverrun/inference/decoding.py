@@ -27,6 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from riverrun.config import typed
 from riverrun.data.tokens import Tokenizer
 from riverrun.models.language import LanguageModel
 from riverrun.state import State
@@ -49,8 +50,11 @@ class Limits:
     graph: bool | None = None  # steps are recorded and replayed (graph.py); None: wherever that can be done
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise ValueError(f"stop = {self.stop!r}; it must be a tuple of strings that are not empty")
+        if "" in typed(tuple[str, ...], self.stop, "stop"):
+            raise ValueError(
+                "a stop string is empty, '': every text would end before its first letter; give the text to "
+                "stop at, or leave it out (in a shell, a variable that is not set is empty)"
+            )
         if self.max_tokens < 0 or self.piece < 1:
             raise ValueError(
                 f"max_tokens = {self.max_tokens}, piece = {self.piece}; they must be at least 0 and 1"

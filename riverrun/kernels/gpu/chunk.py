@@ -196,14 +196,6 @@ def level(tier, C: tl.constexpr):
 
 
 @triton.jit
-def across_level(tier, C: tl.constexpr):
-    """`level` transposed."""
-    i = tl.arange(0, C)
-    row, col = i[:, None] >> tier, i[None, :] >> tier
-    return (col == row + 1) & ((col & 1) == 1)
-
-
-@triton.jit
 def by_chunk(g, beta, G, strengths, T, H: tl.constexpr, BH: tl.constexpr, C: tl.constexpr):
     """What is per head, (B, T, H), as kernels read it: (B·H, chunks, C) in float32. G has the sums of g over
     each chunk's steps so far, past T the last one; strengths has β, past T zero. Either may be None."""

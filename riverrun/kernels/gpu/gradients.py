@@ -22,11 +22,7 @@ import triton.language as tl
 
 from .chunk import (
     LEAST,
-    LEVELS,
-    across_level,
-    between,
     heads,
-    level,
     operand,
     put,
     rates,
@@ -37,6 +33,7 @@ from .chunk import (
     vector,
     weigh,
 )
+from .strong import strong_rates, strong_shares
 
 
 @triton.jit
@@ -123,29 +120,10 @@ def meeting(states, dstates, cols, K: tl.constexpr, V: tl.constexpr, BK: tl.cons
 
 
 @triton.jit
-def pair_share(
-    P, N, z, g, OURS: tl.constexpr, THEIRS: tl.constexpr, BACK: tl.constexpr, C: tl.constexpr,
-    STRONG: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """Σ_j P_ij z_j; BACK with Pᵀ.
-
-    STRONG: with e^{±(G_i - G_j)}, every level with its own anchor; OURS and THEIRS say whether the target's
-    or z's own step is left out of its decay.
-    """
-    P_ = tl.load(square(P, N, C))
-    P_ = tl.trans(P_) if BACK else P_
-    if STRONG:
-        i = tl.arange(0, C)
-        P_ = P_.to(tl.float32)
-        total = tl.sum(tl.where(i[:, None] == i[None, :], P_, 0.0), 1)[:, None] * z
-        for tier in range(0, LEVELS(C)):
-            ours, theirs = between(g, tier, OURS, C), between(g, tier, THEIRS, C)
-            at = across_level(tier, C) if BACK else level(tier, C)
-            kept = tl.where(at, P_, 0.0).to(CT)
-            total += ours * tl.dot(kept, (z * theirs).to(CT), input_precision=PREC)
-        return total
-    else:
-        return tl.dot(P_.to(CT), z.to(CT), input_precision=PREC)
+def pair_share(P, N, z, BACK: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
+    """Σ_j P_ij z_j; BACK with Pᵀ."""
+    P_ = tl.load(square(P, N, C)).to(CT)
+    return tl.dot(tl.trans(P_) if BACK else P_, z.to(CT), input_precision=PREC)
 
 
 @triton.jit
@@ -168,28 +146,32 @@ def fade(
 
 @triton.jit
 def readers(
-    k, a, k_out, a_out, dy, dx, dden, states, before, Pq, Px, Pa, Pw, gi, scale, over, sums, in_q, in_b,
+    k, a, k_out, a_out, dy, dx, dden, states, before, Pq, Px, Pa, Pw, scale, over, sums, in_q, in_b,
     batch, T, h, start, N, cols,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, RULE: tl.constexpr, SHIFT: tl.constexpr, LATE: tl.constexpr, MILD: tl.constexpr,
     STRONG: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what reads: q, and what corrects (the first again if nothing does), which is k with minus
-    dx, or b. Pairs of a step with itself that have weights of their own are not in them."""
+    dx, or b. Pairs of a step with itself that have weights of their own are not in them; no pairs are if
+    STRONG."""
     per_head = batch * T * H + h
     d = state_share(dy, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC)
     if before is not None:
         d += vector(dden + per_head, start, T, H, C)[:, None] * before[None, :]
-    z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
-    d = d * in_q + pair_share(Pq, N, z, gi, SHIFT, 0, False, C, STRONG, CT, PREC)
+    d *= in_q
+    if not STRONG:
+        z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False) * scale[:, None]
+        d += pair_share(Pq, N, z, False, C, CT, PREC)
     e = d
     if RULE != "outer":
         e = state_share(dx + per_head * V, states, start, T, cols, H, K, V, BK, BV, C, CT, PREC) * in_b
-        e += pair_share(Px, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
-    if RULE == "dplr":
+        if not STRONG:
+            e += pair_share(Px, N, z, False, C, CT, PREC)
+    if RULE == "dplr" and not STRONG:
         z = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
-        d += pair_share(Pa, N, z, gi, 0, 0, False, C, STRONG, CT, PREC)
-        e += pair_share(Pw, N, z, gi, LATE, 0, False, C, STRONG, CT, PREC)
+        d += pair_share(Pa, N, z, False, C, CT, PREC)
+        e += pair_share(Pw, N, z, False, C, CT, PREC)
     if MILD:
         d *= fade(sums, over, start, T, cols, K, H * K, C, True, SHIFT == 1)
         if RULE != "outer":
@@ -199,7 +181,7 @@ def readers(
 
 @triton.jit
 def writers(
-    q, k, a, b, q_in, k_out, b_in, a_out, value, w, dstates, after, Pq, Px, Pa, Pw, met, gi, scale, over,
+    q, k, a, b, q_in, k_out, b_in, a_out, value, w, dstates, after, Pq, Px, Pa, Pw, met, scale, over,
     last, sums, in_k, batch, T, h, start, N, cols,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, RULE: tl.constexpr, GATED: tl.constexpr, SHIFT: tl.constexpr, LATE: tl.constexpr,
@@ -220,16 +202,17 @@ def writers(
     if GATED:
         z = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
         met += tl.sum(z * d * scale[:, None], 0)
-    z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
-    d += pair_share(Pq, N, z, gi, 0, SHIFT, True, C, STRONG, CT, PREC)
-    if RULE == "dplr":
-        w_ += pair_share(Pa, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
-        z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
-        d += pair_share(Px, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
-        w_ += pair_share(Pw, N, z, gi, 0, LATE, True, C, STRONG, CT, PREC)
-    if RULE == "delta":
-        z = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
-        d -= pair_share(Px, N, z, gi, 0, 0, True, C, STRONG, CT, PREC)
+    if not STRONG:
+        z = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
+        d += pair_share(Pq, N, z, True, C, CT, PREC)
+        if RULE == "dplr":
+            w_ += pair_share(Pa, N, z, True, C, CT, PREC)
+            z = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
+            d += pair_share(Px, N, z, True, C, CT, PREC)
+            w_ += pair_share(Pw, N, z, True, C, CT, PREC)
+        if RULE == "delta":
+            z = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
+            d -= pair_share(Px, N, z, True, C, CT, PREC)
     if MILD:
         faded = fade(sums, last, start, T, cols, K, H * K, C, False, False)
         d *= faded
@@ -275,7 +258,7 @@ def gradients(
     scale = row(strengths, N, C) if RULE == "delta" else tl.full((C,), 1.0, tl.float32)
     # what a state's share is multiplied with; if mild, all of it is then multiplied with `fade`
     in_q, in_b, in_k = read[:, None], reach[:, None], leave[:, None]
-    gi, over, last = scale[:, None], scale, scale
+    over, last = scale, scale
     total = through + tl.zeros((BK,), tl.float32)
     if DECAY == 2:
         end = tl.load(ends + N * K + cols, mask=cols < K, other=1.0)
@@ -284,11 +267,7 @@ def gradients(
         if tl.min(end, 0) > LEAST:
             return
         gi = tile(g + wide, start, T, cols, K, H * K, C).to(tl.float32)
-        Gi, last = tl.cumsum(gi, 0), tl.sum(gi, 0)
-        Gb = tl.cumsum(shifted(g + wide, start, T, cols, K, H * K, C), 0)
-        in_k *= tl.exp(last[None, :] - Gi)
-        in_q *= tl.exp(Gb if SHIFT == 1 else Gi)
-        in_b *= tl.exp(Gb if RULE == "dplr" else Gi)
+        in_q, in_b, in_k = strong_rates(g + wide, gi, in_q, in_b, in_k, start, T, cols, H, K, C, RULE, SHIFT)
     if MILD:
         sums += wide
         final = tl.minimum(C - 1, (T - 1 - start).to(tl.int32))
@@ -303,9 +282,15 @@ def gradients(
         after = tl.load(dnstates + N * K + cols, mask=cols < K, other=0.0)
         met += before * after * total
     d, e = readers(
-        k, a, k_out, a_out, dy, dx, dden, states, before, Pq, Px, Pa, Pw, gi, scale, over, sums, in_q,
+        k, a, k_out, a_out, dy, dx, dden, states, before, Pq, Px, Pa, Pw, scale, over, sums, in_q,
         in_b, batch, T, h, start, N, cols, H, R, K, V, BK, BV, C, RULE, SHIFT, LATE, MILD, STRONG, CT, PREC,
     )  # fmt: skip
+    if STRONG:
+        to_q, to_b, to_k, to_a = strong_shares(
+            q, k, a, b, Pq, Px, Pa, Pw, scale, gi, batch, T, h, start, N, cols, H, R, K, C, RULE, SHIFT,
+            CT, PREC,
+        )  # fmt: skip
+        d, e = d + to_q, e + to_b
     qf = heads(q, batch, T, h, start, cols, H, R, K, C)
     kf = heads(k, batch, T, h, start, cols, H, R, K, C)
     if dg is not None:
@@ -330,10 +315,12 @@ def gradients(
     put(dq + wide, d, start, T, cols, K, H * K, C)
     # k's gradient stays free of delta's β until k · dk was taken, which is dβ
     d, w_, met = writers(
-        q, k, a, b, q_in, k_out, b_in, a_out, value, w, dstates, after, Pq, Px, Pa, Pw, met, gi, scale,
+        q, k, a, b, q_in, k_out, b_in, a_out, value, w, dstates, after, Pq, Px, Pa, Pw, met, scale,
         over, last, sums, in_k, batch, T, h, start, N, cols, H, R, K, V, BK, BV, C, RULE, dg is not None,
         SHIFT, LATE, MILD, STRONG, CT, PREC,
     )  # fmt: skip
+    if STRONG:
+        d, w_ = d + to_k, w_ + to_a
     kf = heads(k, batch, T, h, start, cols, H, R, K, C)
     if dg is not None:
         out -= kf * d * scale[:, None] if DECAY == 2 else tl.sum(kf * d, 1) * scale

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +26,10 @@ _kept: dict[tuple[Any, ...], Any] = {}
 
 
 class Recording(threading.local):
-    """The `tape.Tape` that records this thread's launches, if one does."""
+    """What happens to this thread's launches: a `tape.Tape` may record them, or they wait to be compiled."""
 
     tape: Any = None
+    waiting: list[tuple[Any, ...]] | None = None
 
 
 recording = Recording()
@@ -78,6 +80,10 @@ def launch(
     device = torch._C._cuda_getDevice()
     key = (id(kernel), device, constants, warps, stages, wgmma, registers, *kinds)
     kept, blocks = _kept.get(key), (*grid, 1, 1)[:3]
+    if recording.waiting is not None:
+        if kept is None:
+            recording.waiting.append((kernel, grid, args, constants, warps, stages, wgmma, registers))
+        return
     if kept is None:
         with instructions(wgmma):
             compiled = kernel[grid](*args, *constants, num_warps=warps, num_stages=stages, maxnreg=registers)
@@ -87,6 +93,26 @@ def launch(
         call(*blocks, torch._C._cuda_getCurrentRawStream(device), *before, *values, *constants)
     if tape is not None:
         tape.launched(lambda stream, values: call(*blocks, stream, *before, *values, *constants), args)
+
+
+def compile_together(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Compile what function(*args) would launch, all kernels at the same time; none of them runs."""
+    if DEVICE == "cpu":
+        return
+    recording.waiting = waiting = []
+    try:
+        function(*args)
+    finally:
+        recording.waiting = None
+    for fast in (True, False):  # one setting of `instructions` at a time
+        some = [w for w in waiting if w[6] == fast]
+        if len(some) > 1:
+            with instructions(fast), ThreadPoolExecutor(len(some)) as pool, triton.AsyncCompileMode(pool):
+                for kernel, grid, given, constants, warps, stages, _, registers in some:
+                    kernel.run(
+                        *given, *constants, grid=grid, warmup=True,
+                        num_warps=warps, num_stages=stages, maxnreg=registers,
+                    )  # fmt: skip
 
 
 def direct(compiled: Any) -> tuple[Any, tuple[Any, ...]]:

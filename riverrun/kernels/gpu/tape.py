@@ -5,6 +5,8 @@ made, kernels looked up. All of it depends on dtypes, shapes, strides and alignm
 with arguments of one kind is recorded, every operator of PyTorch and every `launch` in order, and calls after
 it go through that list with their own tensors' addresses. A tensor is let go where it was last used.
 
+The first call compiles what it launches, all kernels at once.
+
 What is recorded must launch by `launch.launch` alone, and must not look at numbers: a call that reads one is
 never repeated.
 """
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .launch import DEVICE, recording
+from .launch import DEVICE, compile_together, recording
 
 KINDS = 1024  # of functions' arguments that are remembered
 EMPTY = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided"}
@@ -186,6 +188,7 @@ def repeated(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
             return results
         if len(_kept) == KINDS:
             _kept.clear()
+        compile_together(function, args)
         _kept[key] = None
         return function(*args)
 

@@ -97,8 +97,7 @@ def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
             matrices.pairs, (x.chunks, x.B * x.H),
             (*raw, *faded, x.u, x.strengths, x.g, x.G_sum, x.seg,
              made.A, made.Aa, made.Lk, made.W, made.ends, x.T),
-            (x.H, x.H // x.G, x.K, min(x.BK, 32 if full else 64), x.BK, x.C, x.rule, x.decay, strong,
-             x.CT, x.prec),
+            (x.H, x.H // x.G, x.K, min(x.BK, 64), x.BK, x.C, x.rule, x.decay, strong, x.CT, x.prec),
             4, 1, x.wgmma, None if strong else pair_registers(x),
         )  # fmt: skip
     return made

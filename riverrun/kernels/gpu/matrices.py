@@ -14,6 +14,7 @@ from .chunk import (
     decays,
     heads,
     level,
+    operand,
     put,
     row,
     segments,
@@ -53,65 +54,45 @@ def put_inverse(W, L, N, C: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
-def faded(
-    q, k, a, b, g, q_in, k_out, b_in, a_out, sums, ends, batch, T, h, start, N, cols,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr,
+def fading(
+    q, k, a, b, g, q_in, k_out, b_in, a_out, sums, ends, T,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """With decays per key, a chunk's tiles that meet the state, decays multiplied in, are written.
+    """With decays per key, the tiles that meet the state, decays multiplied in.
 
-    *_in is for what reads the state before the chunk (b_in is k's for delta, which has no b), *_out for what
-    is written to the one after it; ends = e^{G_C} (B·H, chunks, K); sums = G, if wanted. Returns what meets
-    in pairs, all of it anchored at the chunk's end: q, k, a and b's or k's (q and k where a rule has none).
+    Grid (key blocks, chunks, B·H). *_in is for what reads the state before the chunk (b_in is k's for delta,
+    which has no b), *_out for what is written to the one after it; ends = e^{G_C} (B·H, chunks, K); sums = G,
+    if wanted.
     """
+    n, bh = tl.program_id(1), tl.program_id(2)
+    batch, h = (bh // H).to(tl.int64), bh % H
+    start, N = batch * 0 + n * C, bh.to(tl.int64) * tl.num_programs(1) + n
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
     wide = (batch * T * H + h) * K
     g_ = tile(g + wide, start, T, cols, K, H * K, C).to(tl.float32)
     # one sum for all: of steps added in another order, what weighs a pair would not be the same in its two
     # gradients, which cancel in dg
     i, G = tl.arange(0, C)[:, None], tl.cumsum(g_, 0)
     last = tl.sum(tl.where(i == C - 1, G, 0.0), 0)
-    end = tl.exp(last)
-    over = 1.0 / end[None, :]
-    tl.store(ends + N * K + cols, end, mask=cols < K)
+    tl.store(ends + N * K + cols, tl.exp(last), mask=cols < K)
     if sums is not None:
         put(sums + wide, G, start, T, cols, K, H * K, C)
     read, write = tl.exp(G), tl.exp(last[None, :] - G)
     early = read
     if SHIFT == 1 or RULE == "dplr":
-        past = tl.gather(G, tl.maximum(i - 1, 0) + tl.zeros_like(G).to(tl.int32), 0)
+        past = tl.gather(G, tl.broadcast_to(tl.maximum(i - 1, 0), C, BK), 0)
         early = tl.exp(tl.where(i > 0, past, 0.0))
-    q_ = heads(q, batch, T, h, start, cols, H, R, K, C) * (early if SHIFT == 1 else read)
-    put(q_in + wide, q_, start, T, cols, K, H * K, C)
-    raw = heads(k, batch, T, h, start, cols, H, R, K, C)
-    k_ = raw * write
-    put(k_out + wide, k_, start, T, cols, K, H * K, C)
-    a_, b_ = k_, q_
+    q_ = heads(q, batch, T, h, start, cols, H, R, K, C)
+    put(q_in + wide, q_ * (early if SHIFT == 1 else read), start, T, cols, K, H * K, C)
+    k_ = heads(k, batch, T, h, start, cols, H, R, K, C)
+    put(k_out + wide, k_ * write, start, T, cols, K, H * K, C)
     if RULE == "delta":
-        b_ = raw * read
+        put(b_in + wide, k_ * read, start, T, cols, K, H * K, C)
     if RULE == "dplr":
-        b_ = heads(b, batch, T, h, start, cols, H, 1, K, C) * early
-        a_ = heads(a, batch, T, h, start, cols, H, 1, K, C) * write
-        put(a_out + wide, a_, start, T, cols, K, H * K, C)
-    if RULE != "outer":
-        put(b_in + wide, b_, start, T, cols, K, H * K, C)
-    return q_ * over, k_, a_, b_ * over
-
-
-@triton.jit
-def fading(
-    q, k, a, b, g, q_in, k_out, b_in, a_out, sums, ends, T,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, RULE: tl.constexpr,
-    SHIFT: tl.constexpr,
-):  # fmt: skip
-    """`faded` alone, for a backward, which has the matrices. Grid (key blocks, chunks, B·H)."""
-    n, bh = tl.program_id(1), tl.program_id(2)
-    batch, h = (bh // H).to(tl.int64), bh % H
-    start, N = batch * 0 + n * C, bh.to(tl.int64) * tl.num_programs(1) + n
-    cols = tl.program_id(0) * BK + tl.arange(0, BK)
-    faded(
-        q, k, a, b, g, q_in, k_out, b_in, a_out, sums, ends, batch, T, h, start, N, cols,
-        H, R, K, C, RULE, SHIFT,
-    )  # fmt: skip
+        put(b_in + wide, heads(b, batch, T, h, start, cols, H, 1, K, C) * early, start, T, cols, K, H * K, C)
+        a_ = heads(a, batch, T, h, start, cols, H, 1, K, C)
+        put(a_out + wide, a_ * write, start, T, cols, K, H * K, C)
 
 
 @triton.jit
@@ -126,8 +107,8 @@ def pairs(
     delta   A  = q kᵀ,    W = (I + tril(k kᵀ, -1) β)^{-1}
     dplr    A  = q kᵀ,    Aa = q aᵀ,    Lk = tril(b kᵀ, -1),    W = (I - tril(b aᵀ, -1))^{-1}
 
-    With decays per key as if all chunks were mild, from what is `faded` on the way for the walks too (*_in,
-    *_out); STRONG makes those that are not again, without it.
+    With decays per key from what `fading` made (*_in, *_out), as if all chunks were mild; STRONG makes those
+    that are not again, without it.
     """
     n, bh = tl.program_id(0), tl.program_id(1)
     batch, h = (bh // H).to(tl.int64), bh % H
@@ -143,18 +124,17 @@ def pairs(
     SHIFT: tl.constexpr = 1 if u is not None else 0  # a bonus reads before the step's own decay
     for j in range(0, K, BK):
         cols = j + tl.arange(0, BK)
-        if DECAY == 2 and not STRONG:
-            q_, k_, a_, b_ = faded(
-                q, k, a, b, g, q_in, k_out, b_in, a_out, None, ends, batch, T, h, start, N, cols,
-                H, R, K, C, RULE, SHIFT,
-            )  # fmt: skip
-        else:
-            q_ = heads(q, batch, T, h, start, cols, H, R, K, C)
-            k_ = heads(k, batch, T, h, start, cols, H, R, K, C)
-            a_, b_ = k_, k_
-            if RULE == "dplr":
-                a_ = heads(a, batch, T, h, start, cols, H, 1, K, C)
-                b_ = heads(b, batch, T, h, start, cols, H, 1, K, C)
+        over = tl.full((BK,), 1.0, tl.float32)
+        if q_in is not None:
+            over = 1.0 / tl.load(ends + N * K + cols, mask=cols < K, other=1.0)
+        q_ = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
+        k_ = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
+        a_, b_ = q_, k_
+        if RULE == "delta":
+            b_ = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
+        if RULE == "dplr":
+            a_ = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
+            b_ = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
         if SHIFT == 1:
             uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)
             k_raw = heads(k, batch, T, h, start, cols, H, R, K, C)

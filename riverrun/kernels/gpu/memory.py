@@ -95,7 +95,7 @@ def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
     for strong in () if known else (False, True) if full else (False,):
         launch(
             matrices.pairs, (x.chunks, x.B * x.H),
-            (*raw, *faded, x.u, x.strengths, x.g, x.G_sum, x.seg,
+            (*raw, *((None,) * 4 if strong else faded), x.u, x.strengths, x.g, x.G_sum, x.seg,
              made.A, made.Aa, made.Lk, made.W, made.ends, x.T),
             (x.H, x.H // x.G, x.K, min(x.BK, 64), x.BK, x.C, x.rule, x.decay, strong, x.CT, x.prec),
             4, 1, x.wgmma, None if strong else pair_registers(x),
@@ -103,17 +103,14 @@ def pairs(x: Inputs, known: tuple[Tensor | None, ...] | None = None) -> Made:
     return made
 
 
-def fade(x: Inputs, made: Made, back: bool) -> None:
-    """Room for what meets the state with decays per key multiplied in, which `matrices.pairs` writes; in a
-    backward, which has no pairs to make, it is written here."""
+def fade(x: Inputs, made: Made, summed: bool) -> None:
+    """Multiplies decays per key into what meets the state."""
     delta, dplr, tile = x.rule == "delta", x.rule == "dplr", (x.store, x.B, x.T, x.H, x.K)
     made.q, made.k, made.b_in, made.a_out, made.ends = x.scratch(
         tile, tile, tile if delta or dplr else None, tile if dplr else None,
         (torch.float32, x.B * x.H, x.chunks, x.K),
     )  # fmt: skip
-    if not back:
-        return
-    made.sums = x.new(x.B, x.T, x.H, x.K)
+    made.sums = x.new(x.B, x.T, x.H, x.K) if summed else None
     BK = min(x.BK, 64)
     launch(
         matrices.fading, (-(-x.K // BK), x.chunks, x.B * x.H),

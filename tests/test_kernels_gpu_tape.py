@@ -17,7 +17,7 @@ from riverrun.kernels.gpu.tape import repeated  # noqa: E402
 
 
 def counted(function):
-    """`repeated(function)`, and the number of calls that reached the function itself and launched something."""
+    """`repeated(function)`, and the number of calls that reached the function itself and ran it."""
     calls = []
 
     def plain(*args):

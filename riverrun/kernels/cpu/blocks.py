@@ -11,6 +11,7 @@ import numba
 import torch
 from torch import Tensor
 
+from .team import divided
 from .threads import FASTMATH, array, in_threads
 
 TASKS = 8  # wanted at the least, for a few threads to share evenly
@@ -64,6 +65,8 @@ def same_dtype(*xs: Tensor | None) -> list[Tensor | None]:
 
 @kernel
 def _add_parts(first, step, parts, out):
+    if divided(first, step):
+        return
     P, n = parts.shape
     for piece in range(first, (n + PIECE - 1) // PIECE, step):
         lo, hi = piece * PIECE, min(piece * PIECE + PIECE, n)

@@ -58,6 +58,7 @@ from .memory import (
     shared,
     store,
 )
+from .team import divided
 
 
 @compiled
@@ -66,6 +67,8 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved, no
 
     norm, a `normaliser.Norm`, is None but for mlstm, whose beta is None: what is None compiles to nothing.
     """
+    if divided(first, step):
+        return
     (B, T, H, width), keys = v.shape, q.shape[3]
     parts, segments = (width + share - 1) // share, saved.shape[1] // H
     delta = False
@@ -147,6 +150,8 @@ def backward(
     share are sums over one part's columns, of shape (parts B, ...). norm and back (a `normaliser.Back`) are
     those of mlstm.
     """
+    if divided(first, step):
+        return
     (B, T, H, width), keys = v.shape, q.shape[3]
     parts, segments = (width + share - 1) // share, saved.shape[1] // H
     delta = False

@@ -34,6 +34,7 @@ from .memory import (
     small,
     store,
 )
+from .team import divided
 
 
 @small
@@ -88,6 +89,8 @@ def size(wide, broad):
 @compiled
 def forward(first, step, mode, share, group, q, k, v, g, beta, u, a, b, reset, S0, y, saved):
     """Tasks first, first + step, ... S0 (the first state) becomes the last; saved: (B, H segments, K, V)."""
+    if divided(first, step):
+        return
     (B, T, H, width), K = v.shape, q.shape[3]
     parts, segments = (width + share - 1) // share, saved.shape[1] // H
     wide, broad = (K + C - 1) // C * C, share
@@ -158,6 +161,8 @@ def backward(
 ):
     """dS0 is the gradient of the last state and becomes that of the first. Gradients of what all columns
     share are sums over one part's columns, of shape (parts B, ...)."""
+    if divided(first, step):
+        return
     (B, T, H, width), K = v.shape, q.shape[3]
     parts, segments = (width + share - 1) // share, saved.shape[1] // H
     wide, broad = (K + C - 1) // C * C, share

@@ -22,6 +22,7 @@ from riverrun.kernels.library import define
 from .blocks import block_size, kernel, same_dtype, spread
 from .elementary import compiled, exp, log_sigmoid, sigmoid, tanh
 from .product import add_product, packed, padded, width
+from .team import divided
 from .threads import array
 
 ELMAN, LSTM, GRU, SLSTM = range(4)
@@ -165,6 +166,8 @@ def _forward(first, step, kind, x, direct, R, c, state, initial, reset, rows, y,
     """x (B, T, G, H, P), R packed (H, P, G · P) or, if `direct`, (G, H, P, P), c (G, H, P), kept (B, T, H, K,
     P) or empty; state (S, B, H, P) enters as the first and leaves as the last; initial (S) is what a reset
     puts there."""
+    if divided(first, step):
+        return
     batch, T, G, H, P = x.shape
     groups = (batch + rows - 1) // rows
     S = state.shape[0]
@@ -216,6 +219,8 @@ def _backward(first, step, kind, R, state, initial, reset, rows, y, kept, dy, ds
     """R packed (H, G · P, P), state (S, B, H, P) the first, dp the gradient of R h + c, dx that of x where it
     differs (GRU). dstate (S, B, H, P) enters as the gradient of the last state and leaves as that of the
     first."""
+    if divided(first, step):
+        return
     batch, T, G, H, P = dp.shape
     groups = (batch + rows - 1) // rows
     S = state.shape[0]
@@ -271,6 +276,8 @@ def _matrix_backward(first, step, dp, h, size, dR, dc):
     """dR (H, G · P, P) = Σ_bt dp hᵀ and dc (H, G · P) = Σ_bt dp, with the h before each step packed as (B, T
     / STRETCH, H, tiles, STRETCH, WIDTH). A task sums `size` rows of dR, a multiple of four, in the order of
     time."""
+    if divided(first, step):
+        return
     batch, T, G, H, P = dp.shape
     groups = (G * P + size - 1) // size
     for task in range(first, H * groups, step):

@@ -22,6 +22,7 @@ from .blocks import LANES, add_parts, block_size, kernel, rows, same_dtype, spre
 from .elementary import sigmoid, wide
 from .memory import ZERO, alive, borrowed, expected, soon
 from .taps import WIDTH, backward, forward
+from .team import divided
 
 BLOCK = 512  # channels a task at most
 # steps dealt with vector by vector, while their rows are in the cache; the next are asked for, since parts of
@@ -106,6 +107,8 @@ def _sums(active, i, lo, hi, x, at, taps, bias, state, reset, y, top, left):
 
 @kernel
 def _forward(first, step, active, x, at, w, c, state, reset, size, y, tail):
+    if divided(first, step):
+        return
     (batch, _, D), W = tail.shape, w.shape[1]
     T, blocks = x.shape[0] // batch, (D + size - 1) // size
     x, y = borrowed(x), borrowed(y)
@@ -140,6 +143,8 @@ def _before_silu(u, width, dy, top, left):
 @kernel
 def _backward(first, step, active, x, at, w, c, state, reset, size, dy, dtail, dx, dw, dc, dstate):
     """dtail is the gradient of the tail; dw (B, W, D) and dc (B, D) are the parts of one sequence."""
+    if divided(first, step):
+        return
     (batch, _, D), W = dtail.shape, w.shape[1]
     T, blocks = x.shape[0] // batch, (D + size - 1) // size
     room = np.empty((T if active else 0, min(size, D)), w.dtype)

@@ -23,6 +23,7 @@ from riverrun.kernels.library import define
 from .blocks import TASKS, add_parts, kernel, rows, spread
 from .elementary import sigmoid, wide
 from .memory import expected, soon
+from .team import divided
 
 PLAIN, AFTER, BEFORE = 0, 1, 2  # where the gate stands
 AHEAD = 2  # rows asked for before they are needed: seven arrays are more than a CPU runs ahead in by itself
@@ -79,6 +80,8 @@ def _skipped(x, d, u, total):
 
 @kernel
 def _forward(first, step, x, x0, z, z0, u, u0, w, d, eps, group, place, tasks, y):
+    if divided(first, step):
+        return
     wide()
     W, count = w.shape[0], x.shape[0]
     inner, outer, total = np.ones(W, x.dtype), np.ones(W, x.dtype), np.empty(W, x.dtype)
@@ -105,6 +108,8 @@ def _backward(
     first, step, x, x0, z, z0, u, u0, w, d, eps, group, place, tasks, dy, dy0, dx, dz, du, dw, dd
 ):  # fmt: skip
     """dw and dd (tasks, W) are the parts of the tasks."""
+    if divided(first, step):
+        return
     wide()
     W, count, size = w.shape[0], x.shape[0], x.dtype.type(group)
     inner, outer, slope = np.ones(W, x.dtype), np.ones(W, x.dtype), np.empty(W, x.dtype)

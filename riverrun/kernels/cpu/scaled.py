@@ -15,10 +15,13 @@ from riverrun.kernels.library import define
 
 from .blocks import TASKS, kernel, rows, spread
 from .memory import borrowed, dot
+from .team import divided
 
 
 @kernel
 def _forward(first, step, x, x0, s, tasks, y):
+    if divided(first, step):
+        return
     count, heads = s.shape
     P = y.shape[1] // heads
     x, y = borrowed(x), borrowed(y)
@@ -33,6 +36,8 @@ def _forward(first, step, x, x0, s, tasks, y):
 
 @kernel
 def _backward(first, step, x, x0, s, tasks, dy, dy0, dx, ds):
+    if divided(first, step):
+        return
     count, heads = s.shape
     P = dx.shape[1] // heads
     x, dy, dx = borrowed(x), borrowed(dy), borrowed(dx)

@@ -12,6 +12,7 @@ from torch import Tensor
 from riverrun.kernels.library import define
 
 from .blocks import block_size, kernel, same_dtype, spread
+from .team import divided
 
 BLOCK = 128  # channels a task at most: a few cache lines of each of a, b and h
 
@@ -19,6 +20,8 @@ BLOCK = 128  # channels a task at most: a few cache lines of each of a, b and h
 @kernel
 def _forward(first, step, a, b, h, reset, size, y):
     """a (B or 1, T or 1, D); h (B, D) enters as the first state and leaves as the last."""
+    if divided(first, step):
+        return
     B, T, D = b.shape
     blocks = (D + size - 1) // size
     for task in range(first, B * blocks, step):
@@ -38,6 +41,8 @@ def _forward(first, step, a, b, h, reset, size, y):
 @kernel
 def _backward(first, step, a, y, h0, reset, size, dy, dh, da, db):
     """dh enters as the gradient of the last state and leaves as that of the first."""
+    if divided(first, step):
+        return
     B, T, D = y.shape
     blocks = (D + size - 1) // size
     for task in range(first, B * blocks, step):

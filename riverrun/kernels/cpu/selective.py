@@ -17,6 +17,7 @@ from riverrun.kernels.library import define
 
 from .blocks import add_parts, block_size, kernel, same_dtype, spread
 from .elementary import exp
+from .team import divided
 
 BLOCK = 64  # channels a task at most
 EVERY = 16  # steps from one saved state to the next
@@ -27,6 +28,8 @@ SHORT = 4  # steps for which states are used as they lie: transposing them would
 def _forward(first, step, x, dt, A, B, C, low, state, reset, size, y, last, saved):
     """A and low (N, E), low or empty; state and last (B, N, E); saved (B, T / EVERY, N, E) or empty: the
     state before every so many steps."""
+    if divided(first, step):
+        return
     batch, T, E = x.shape
     N, one = A.shape[0], x.dtype.type(1)
     blocks = (E + size - 1) // size
@@ -68,6 +71,8 @@ def _forward(first, step, x, dt, A, B, C, low, state, reset, size, y, last, save
 @kernel
 def _short(first, step, x, dt, A, B, C, low, state, reset, y, last):
     """A few steps, as in decoding: A and low (E, N), low or empty; state and last (B, E, N)."""
+    if divided(first, step):
+        return
     batch, T, E = x.shape
     N, one = A.shape[1], x.dtype.type(1)
     for task in range(first, batch, step):
@@ -103,6 +108,8 @@ def _short(first, step, x, dt, A, B, C, low, state, reset, y, last):
 def _backward(first, step, x, dt, A, B, C, low, reset, size, saved, dy, dh, dx, ddt, dA, dB, dC, dlow):
     """dh (B, N, E) enters as the gradient of the last state and leaves as that of the first; dA, dlow (B, N,
     E) and dB, dC (blocks, B, T, N) are the parts of one row and one block of channels."""
+    if divided(first, step):
+        return
     batch, T, E = x.shape
     N, one = A.shape[0], x.dtype.type(1)
     blocks = (E + size - 1) // size

@@ -17,6 +17,7 @@ from .block import DELTA, DPLR
 from .blocks import kernel
 from .elementary import exp
 from .normaliser import floor, gate
+from .team import divided
 
 STEPS = 4  # up to this many; a block's products and transposes pay for more
 
@@ -24,6 +25,8 @@ STEPS = 4  # up to this many; a block's products and transposes pay for more
 @kernel
 def forward(first, step, mode, q, k, v, g, beta, u, a, b, reset, S0, S, y, norm=None):
     """S (B, H, K, V) becomes the state after S0 and T steps. What is absent has a last axis of 0."""
+    if divided(first, step):
+        return
     (B, T, H, V), K, D = v.shape, q.shape[3], g.shape[3]
     bonus = u.shape[1] > 0
     for task in range(first, B * H, step):

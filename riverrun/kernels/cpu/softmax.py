@@ -16,6 +16,7 @@ from riverrun.kernels.library import define
 
 from .blocks import add_parts, block_size, kernel, same_dtype, spread
 from .elementary import exp
+from .team import divided
 
 BLOCK = 128  # values a task at most
 
@@ -23,6 +24,8 @@ BLOCK = 128  # values a task at most
 @kernel
 def _weights(first, step, s, m, c, reset, u, w, ms, cs):
     """m, c (B, H) enter as the first state and leave as the last; ms and cs hold them after every step."""
+    if divided(first, step):
+        return
     batch, T, H = s.shape
     for i in range(first, batch, step):
         for t in range(T):
@@ -43,6 +46,8 @@ def _weights(first, step, s, m, c, reset, u, w, ms, cs):
 @kernel
 def _forward(first, step, v, u, w, cs, a, y, size):
     """a (B, H, V) enters as the first state and leaves as the last; a reset is u = 0."""
+    if divided(first, step):
+        return
     batch, T, H, V = v.shape
     blocks = (V + size - 1) // size
     for task in range(first, batch * H * blocks, step):
@@ -59,6 +64,8 @@ def _forward(first, step, v, u, w, cs, a, y, size):
 def _backward(first, step, v, u, w, cs, y, dy, dc, da, dv, ds, size):
     """dc (blocks, B, H) and da (B, H, V) enter as the gradient of the last state, all of dc in its first
     part, and leave as that of the first. ds (blocks, B, T, H) are the parts of one block of values."""
+    if divided(first, step):
+        return
     batch, T, H, V = v.shape
     blocks = (V + size - 1) // size
     for task in range(first, batch * H * blocks, step):
@@ -83,6 +90,8 @@ def _backward(first, step, v, u, w, cs, y, dy, dc, da, dv, ds, size):
 def _maximum_backward(first, step, s, m0, ms, reset, dm, ds):
     """Hand dm (B, H), the gradient of the last maximum, to the largest score; what reaches the first state
     stays in dm."""
+    if divided(first, step):
+        return
     batch, T, H = s.shape
     for i in range(first, batch, step):
         for h in range(H):

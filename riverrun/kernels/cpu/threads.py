@@ -7,40 +7,28 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from .team import address
 
 # contracted multiply-adds and reordered sums, but no assumption that inputs are finite: NaN must stay visible
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 
 
-def parallel(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with `prange` over threads."""
-    return numba.njit(parallel=True, fastmath=FASTMATH, cache=True, error_model="numpy", nogil=True)(f)
-
-
-def inline(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile as a part of the kernels that call it."""
-    return numba.njit(fastmath=FASTMATH, cache=True, error_model="numpy", inline="always")(f)
-
-
-def use_threads() -> None:
-    """Run the next kernel on PyTorch's number of threads."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-
-
+TEAM = address()
+_used, _lost = False, False  # OpenMP's threads, by kernels; by a fork
 _pool: ThreadPoolExecutor | None = None
 
 
-def _forget_pool() -> None:
-    """A forked process inherits the pool but not its threads."""
-    global _pool
-    _pool = None
+def _forget_threads() -> None:
+    """A forked process inherits what knows of threads, but not these."""
+    global _pool, _lost
+    _pool, _lost = None, _used
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 _tiny, _one = 5e-324, 1.0  # variables, so that their product is computed when it is asked for
@@ -63,20 +51,23 @@ def flushed(f: Callable[..., None], *args: Any) -> None:
 def in_threads(f: Callable[..., None], tasks: int, *args: Any) -> None:
     """Call f(first, step, *args) so that each of `tasks` is done once, on PyTorch's number of threads.
 
-    f releases the interpreter's lock (nogil) and does tasks first, first + step, ... It compiles several
-    times faster than a `prange` of the same body, may be called from several threads at once and survives a
-    fork.
+    f releases the interpreter's lock (nogil), begins as in team.py and does tasks first, first + step, ... It
+    compiles several times faster than a `prange` of the same body and may be called from several threads at
+    once. Where there is no OpenMP, and in a process forked off one that has used it, threads are our own.
     """
-    global _pool
+    global _pool, _used
     threads = min(tasks, torch.get_num_threads())
-    if threads > 1:
+    if threads == 1:
+        flushed(f, 0, 1, *args)
+    elif TEAM and not _lost:
+        _used = True
+        f(TEAM, -threads, *args)
+    else:
         _pool = _pool or ThreadPoolExecutor(os.cpu_count(), "riverrun")
         others = [_pool.submit(flushed, f, first, threads, *args) for first in range(1, threads)]
         flushed(f, 0, threads, *args)
         for other in others:
             other.result()
-    else:
-        flushed(f, 0, 1, *args)
 
 
 NO_RESET = np.empty((0, 0), np.bool_)

@@ -1,5 +1,5 @@
-"""Cells whose heads several programs share. Needs a GPU, or TRITON_INTERPRET=1, where one program holds all
-units: that examines the equations, a GPU the rest."""
+"""Cells whose heads several programs share, and others with many sequences. Needs a GPU, or TRITON_INTERPRET=1,
+where one program holds all units: that examines the equations, a GPU the rest."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def agrees(name, case, dtype):
 def shared(monkeypatch):
     """Under the interpreter the kernels of wide heads run on a CPU, for heads of any width."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(cells, "wide", lambda x, R: True)
+        monkeypatch.setattr(cells, "wide", lambda x, R, back: True)
         for name in NAMES:
             kernel = ops.Kernel(KERNELS[name], "cpu", lambda name, args: None, half=True)
             monkeypatch.setitem(ops.OPS[name].kernels, "gpu", kernel)
@@ -61,6 +61,23 @@ def test_agrees_with_the_definition(name, dtype, size):
     first, second = agrees(name, case, dtype), agrees(name, case, dtype)
     for what, x in first.items():
         assert torch.equal(x, second[what]), what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("P", [11] if DEVICE == "cpu" else [7, 20, 64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_narrow_heads_of_many_sequences(name, P, dtype, monkeypatch):
+    """Sequences in several blocks, the last of them not full, and sums over time in several stretches."""
+    if DEVICE == "cpu":
+        if dtype != torch.float32:
+            pytest.skip("the interpreter's bounds are float32's")
+        kernel = ops.Kernel(KERNELS[name], "cpu", lambda name, args: None, half=True)
+        monkeypatch.setitem(ops.OPS[name].kernels, "gpu", kernel)
+        monkeypatch.setattr(cells, "STEPS", 16)
+    size = Size(B=17, T=20 if DEVICE == "cpu" else 64, H=2, P=P)
+    for state in (False, True):
+        case = inputs.make(name, "bias", size, seed=4, state=state, reset=state).to(dtype)
+        agrees(name, case, dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)

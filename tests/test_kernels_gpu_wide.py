@@ -1,4 +1,4 @@
-"""Cells whose heads several programs share, and others with many sequences. Needs a GPU, or TRITON_INTERPRET=1,
+"""Cells whose heads several programs share, and others of many sequences. Needs a GPU, or TRITON_INTERPRET=1,
 where one program holds all units: that examines the equations, a GPU the rest."""
 
 import pytest

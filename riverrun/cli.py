@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from riverrun import __version__
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED = 2, 1
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -160,12 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     try:
         app([a for a in arguments if a != "--debug"] or ["--help"])
-    except BrokenPipeError:  # the reader left, as `head` does: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAILED)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # Ctrl-C, and a reader that leaves, as `head` does, are typer's
         if debug:
             raise
         expected = isinstance(error, ValueError | OSError)

@@ -5,7 +5,7 @@ made, kernels looked up. All of it depends on dtypes, shapes, strides and alignm
 with arguments of one kind is recorded, every operator of PyTorch and every `launch` in order, and calls after
 it go through that list with their own tensors' addresses. A tensor is let go where it was last used.
 
-The first call compiles what it launches, all kernels at once.
+The first call of a kind whose kernels there are not yet compiles all of them at once.
 
 What is recorded must launch by `launch.launch` alone, and must not look at numbers: a call that reads one is
 never repeated.
@@ -31,6 +31,7 @@ EMPTY = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_stri
 Step = Callable[[list[Any], list[Any], Any], None]  # of tensors, addresses, both by place, and a stream
 
 _kept: dict[tuple[Any, ...], Any] = {}  # None where arguments of the kind were seen once
+_compiled: set[tuple[Any, ...]] = set()  # `sizes` of calls whose kernels there are
 
 
 class Tape(TorchDispatchMode):
@@ -170,6 +171,11 @@ def kind(x: Any) -> Any:
     return x
 
 
+def sizes(x: Any) -> Any:
+    """Of `kind`, what makes other kernels: not batch and time, which may be new with every call."""
+    return (x.shape[2:], x.dtype) if isinstance(x, Tensor) else x
+
+
 def repeated(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """`function` of tensors, None and flags, recorded at the second call with arguments of one kind."""
 
@@ -188,7 +194,10 @@ def repeated(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
             return results
         if len(_kept) == KINDS:
             _kept.clear()
-        compile_together(function, args)
+        family = (function, device, *map(sizes, args))
+        if family not in _compiled:
+            _compiled.add(family)
+            compile_together(function, args)
         _kept[key] = None
         return function(*args)
 

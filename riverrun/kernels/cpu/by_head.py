@@ -20,6 +20,7 @@ from .head import (
     SUM,
     TOP,
     TURNED,
+    TWO,
     WHOLE,
     XS,
     E,
@@ -47,9 +48,9 @@ from .memory import (
     ZERO,
     aligned,
     alive,
+    ask,
     borrowed,
     compiled,
-    expect,
     fetch,
     keep,
     length,
@@ -59,6 +60,8 @@ from .memory import (
     store,
 )
 from .team import divided
+
+PLACES = np.arange(8)  # not literals, see memory.py
 
 
 @compiled
@@ -82,8 +85,15 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved, no
     states = rest[: group * area].reshape((group, wide, broad))
     norms = rest[group * area :].reshape((group, 1, wide))
     q, k, v, y = borrowed(q), borrowed(k), borrowed(v), borrowed(y)
+    room_ahead = np.empty((4, 3), np.int64)
     x = rows[X] if delta else rows[V]
-    top = np.zeros(group, q.dtype)
+    constant = False  # decays of 1 and no β: set once for all blocks
+    if beta is not None and not delta and g.shape[3] == 0:
+        constant = True
+        given(g, beta, ZERO, ZERO, ZERO, C, vectors)
+        decays(C, squares, vectors)
+    xs = x if constant else rows[XS]
+    top, ahead = np.zeros(group, q.dtype), borrowed(room_ahead)
     for task in range(first, B * parts * (H // group), step):
         i, part, heads = place(task, parts, H // group)
         lo, here = part * share, min(share, width - part * share)
@@ -110,11 +120,14 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved, no
                         S[:] = 0
                         norms[each, :] = 0
                         top[each] = 0
-                    load(rows[Q], q, i, t, shared(q, h, H), ZERO, keys, n, t + near, shared(q, head, H))
-                    load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, t + near, shared(k, head, H))
-                    load(rows[V], v, i, t, h, lo, here, n, t + near, head)
-                    expect(y, i, t, h, lo, here, n)
-                    if beta is not None:
+                    load(rows[Q], q, i, t, shared(q, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
+                    load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
+                    load(rows[V], v, i, t, h, lo, here, n, MINUS_ONE, ZERO)
+                    ask(ahead, PLACES[0], q, i, t + near, shared(q, head, H), ZERO, keys)
+                    ask(ahead, PLACES[1], k, i, t + near, shared(k, head, H), ZERO, keys)
+                    ask(ahead, PLACES[2], v, i, t + near, head, lo, here)
+                    ask(ahead, PLACES[3], y, i, t + near, head, lo, here)
+                    if beta is not None and not constant:
                         given(g, beta, i, t, h, n, vectors)
                         decays(n, squares, vectors)
                     if norm is not None:
@@ -122,7 +135,7 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved, no
                     scores(delta, n, wide, rows, columns, squares)
                     if beta is not None and delta:
                         solve(n, wide, broad, rows, squares, vectors, S)
-                    gemm.put(rows[Y], rows[Q], S, m, broad, wide)
+                    gemm.put_asking(rows[Y], rows[Q], S, m, broad, wide, ahead, TWO)
                     gemm.scale_add(rows[Y], rows[Y], vectors[P], squares[QK], x, m, broad, n)
                     if norm is not None:
                         normaliser.divide(norms[each, 0], n, wide, broad, rows, squares, vectors)
@@ -130,14 +143,18 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved, no
                         for s in range(n if part == 0 else 0):
                             norm.tops[i, t + s, h], norm.sums[i, t + s, h] = vectors[TOP, s], vectors[SUM, s]
                     store(y, i, t, h, lo, here, n, rows[Y])
-                    scale(rows[XS], x, vectors[AFTER], broad, n)
-                    gemm.scale_add_turned(S, S, vectors[WHOLE], rows[K], rows[XS], wide, broad, n)
+                    if not constant:
+                        scale(xs, x, vectors[AFTER], broad, n)
+                    gemm.scale_add_turned_asking(
+                        S, S, vectors[WHOLE], rows[K], xs, wide, broad, n, ahead[2:], TWO
+                    )
                     t += n
         for each in range(group):
             keep(S0, i, heads * group + each, lo, here, states[each])
             if norm is not None and part == 0:
                 keep(norm.n_last, i, heads * group + each, ZERO, keys, norms[each])
                 norm.m_last[i, heads * group + each] = top[each]
+    alive(room_ahead)
     alive(room)
 
 
@@ -173,8 +190,16 @@ def backward(
     found = rest[(group + most) * wide :].reshape((2, SEGMENT, 1, broad))
     q, k, v, dy = borrowed(q), borrowed(k), borrowed(v), borrowed(dy)
     dq, dk, dv = borrowed(dq), borrowed(dk), borrowed(dv)
+    constant = False
+    if beta is not None and not delta and g.shape[3] == 0:
+        constant = True
+        given(g, beta, ZERO, ZERO, ZERO, C, vectors)
+        decays(C, squares, vectors)
+    x = rows[X] if delta else rows[V]
+    xs = x if constant else rows[XS]
     starts, before = np.empty(SEGMENT + 1, np.int64), np.empty(SEGMENT, np.int64)
-    free = np.zeros(group, q.dtype)
+    free, room_ahead = np.zeros(group, q.dtype), np.empty((8, 3), np.int64)
+    ahead = borrowed(room_ahead)
     for task in range(first, B * parts * (H // group), step):
         i, part, heads = place(task, parts, H // group)
         lo, here, at = part * share, min(share, width - part * share), part * B + i
@@ -202,9 +227,10 @@ def backward(
                 starts[blocks], before[blocks] = t, NONE if fresh else kept
                 S = states[before[blocks]]
                 kept += not fresh
-                load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, t + near, shared(k, head, H))
-                load(rows[V], v, i, t, h, lo, here, n, t + near, head)
-                normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
+                load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
+                load(rows[V], v, i, t, h, lo, here, n, MINUS_ONE, ZERO)
+                if not constant:
+                    normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
                 if beta is not None and delta:
                     gemm.transpose(columns[TURNED], rows[K], wide)
                     gemm.put(squares[KK], rows[K], columns[TURNED], (n + 3) // 4 * 4, C, wide)
@@ -213,8 +239,9 @@ def backward(
                     store(found, ZERO, t - start, ZERO, ZERO, broad, n, rows[X])
                     store(found, ONE, t - start, ZERO, ZERO, broad, n, rows[E])
                 if t + n < stop:
-                    scale(rows[XS], rows[X] if delta else rows[V], vectors[AFTER], broad, n)
-                    gemm.scale_add_turned(states[kept], S, vectors[WHOLE], rows[K], rows[XS], wide, broad, n)
+                    if not constant:
+                        scale(xs, x, vectors[AFTER], broad, n)
+                    gemm.scale_add_turned(states[kept], S, vectors[WHOLE], rows[K], xs, wide, broad, n)
                     if norm is not None:
                         was = norms[before[blocks], 0]
                         gather(norms[kept, 0], vectors[WHOLE], was, vectors[AFTER], rows[K], wide, n)
@@ -224,29 +251,36 @@ def backward(
                 t = starts[which]
                 n = (stop if which == blocks - 1 else starts[which + 1]) - t
                 S, fresh = states[before[which]], before[which] == NONE
-                load(rows[Q], q, i, t, shared(q, h, H), ZERO, keys, n, t + near, shared(q, head, H))
-                load(rows[Y], dy, i, t, h, lo, here, n, t + near, head)
-                expect(dq, at, t, h, ZERO, keys, n)
-                expect(dk, at, t, h, ZERO, keys, n)
-                expect(dv, i, t, h, lo, here, n)
+                load(rows[Q], q, i, t, shared(q, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
+                load(rows[Y], dy, i, t, h, lo, here, n, MINUS_ONE, ZERO)
+                ask(ahead, PLACES[0], q, i, t + near, shared(q, head, H), ZERO, keys)
+                ask(ahead, PLACES[1], k, i, t + near, shared(k, head, H), ZERO, keys)
+                ask(ahead, PLACES[2], v, i, t + near, head, lo, here)
+                ask(ahead, PLACES[3], dy, i, t + near, head, lo, here)
+                ask(ahead, PLACES[4], dq, at, t + near, head, ZERO, keys)
+                ask(ahead, PLACES[5], dk, at, t + near, head, ZERO, keys)
+                ask(ahead, PLACES[6], dv, i, t + near, head, lo, here)
+                ask(ahead, PLACES[7], dv if norm is None else back.y, i, t + near, head, lo, here)
                 if which < blocks - 1:
                     load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
                     load(rows[V], v, i, t, h, lo, here, n, MINUS_ONE, ZERO)
-                    normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
+                    if not constant:
+                        normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
                     if beta is not None and delta:
                         load(rows[X], found, ZERO, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
                         load(rows[E], found, ONE, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
                 if beta is not None:
                     gradients(
                         delta, fresh, n, wide, broad, rows, columns, squares, vectors,
-                        S, dS, dg, dbeta, at, t, h, None, None, None,
+                        S, dS, dg, dbeta, at, t, h, ahead, None, None, None,
                     )  # fmt: skip
                 if norm is not None:
-                    load(rows[E], back.y, i, t, h, lo, here, n, t + near, head)
+                    load(rows[E], back.y, i, t, h, lo, here, n, MINUS_ONE, ZERO)
                     normaliser.undivide(norm.sums, i, t, h, n, here, rows, vectors)
                     gradients(
                         delta, fresh, n, wide, broad, rows, columns, squares, vectors,
-                        S, dS, dg, None, at, t, h, norms[before[which], 0], dn[0], back.di,
+                        S, dS, dg, None, at, t, h, ahead,
+                        norms[before[which], 0], dn[0], back.di,
                     )  # fmt: skip
                     free[each] = normaliser.route(
                         g, norm, dg, back.di, free[each], fresh, i, at, t, h, n, vectors
@@ -261,4 +295,5 @@ def backward(
             keep(dS0, i, heads * group + each, lo, here, ends[each])
             if norm is not None:
                 keep(back.dn_first, at, heads * group + each, ZERO, keys, norm_ends[each])
+    alive(room_ahead)
     alive(room)

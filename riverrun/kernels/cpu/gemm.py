@@ -3,6 +3,7 @@
     put                out  = A B                       add_turned         out += Aᵀ B
     add                out += A B                       scale_add_turned   out  = diag(scale) old + Aᵀ B
     scale_add          out  = diag(scale) old + A B     transpose          out (width, 16) = x (16, width)ᵀ
+    ..._asking         the same, and ask for 16 rows of memory in other places
 
 out is (m, n), the sum is over `depth`; m is a multiple of 4, n and width of 16; rows may lie apart,
 neighbours in a row may not. Left to itself the compiler keeps sums in memory and uses half of a 512-bit
@@ -25,6 +26,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 SET, ADD, SCALE = 0, 1, 2  # what sums start from: zero, `out`, `old` scaled by row
+LINE = 64  # bytes of a cache line
 SIDE = 16  # steps in a block, and the side of the squares in which matrices are transposed
 
 _WIDE = llvm.get_host_cpu_features().get("avx512f", False) if llvm.get_process_triple() else False
@@ -178,10 +180,32 @@ def _tile(
         out.store(value, row[n // vectors], column[n % vectors], lanes)
 
 
+def _ask(builder: Any, ahead: _Matrix, count: Any, place: Any, rows: Any) -> None:
+    """Ask for the next rows of what `product_asking` is told, from the one that `place` has counted up to."""
+    word8, word32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [word8, word32, word32, word32])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [word8], kind)
+    begin = builder.load(place)
+    end = builder.add(begin, rows)
+    end = builder.select(builder.icmp_signed("<", end, word(SIDE)), end, word(SIDE))
+    which, row, column = (cgutils.alloca_once_value(builder, word(0)) for _ in range(3))
+    with while_fits(builder, which, count, 1) as i:
+        address, step, width = (builder.load(ahead.at(i, word(c))) for c in range(3))
+        builder.store(begin, row)
+        with while_fits(builder, row, end, 1) as r:
+            builder.store(word(0), column)
+            with while_fits(builder, column, width, LINE) as c:
+                line = builder.add(builder.add(address, builder.mul(r, step)), c)
+                builder.call(prefetch, [builder.inttoptr(line, word8), word32(0), word32(2), word32(1)])
+    builder.store(end, place)
+
+
 def _tiles(turned: bool, mode: int) -> Callable[..., None]:
     """The body of a product, for one way of reading A and one of starting sums."""
 
-    def body(builder, out, old, scale, A, B, m, n, depth):
+    def body(builder, out, old, scale, A, B, m, n, depth, ahead=None, count=None):
+        asked = cgutils.alloca_once_value(builder, word(0))
+
         def a(row, d):
             return A.at(d, row) if turned else A.at(row, d)
 
@@ -191,6 +215,8 @@ def _tiles(turned: bool, mode: int) -> Callable[..., None]:
                 builder.store(word(0), i)
                 for shape in (t for t in TILES if t[1] == vectors):
                     with while_fits(builder, i, m, shape[0]) as row:
+                        if ahead is not None:
+                            _ask(builder, ahead, count, asked, builder.sdiv(depth, word(SIDE)))
                         _tile(builder, out, old, scale, a, B, (row, column), depth, shape, mode)
 
     return body
@@ -199,8 +225,8 @@ def _tiles(turned: bool, mode: int) -> Callable[..., None]:
 def _plain(name: str, turned: bool, mode: int) -> Any:
     tiles = _tiles(turned, mode)
 
-    def body(builder, out, A, B, m, n, depth):
-        tiles(builder, out, None, None, A, B, m, n, depth)
+    def body(builder, out, A, B, m, n, depth, *ahead):
+        tiles(builder, out, None, None, A, B, m, n, depth, *ahead)
 
     @intrinsic
     def product(typing, out, A, B, m, n, depth):
@@ -209,7 +235,16 @@ def _plain(name: str, turned: bool, mode: int) -> Any:
 
         return types.void(out, A, B, m, n, depth), make
 
-    return product
+    @intrinsic
+    def product_asking(typing, out, A, B, m, n, depth, ahead, count):
+        """Rows of ahead: an address, bytes from row to row, bytes of a row."""
+
+        def make(context, builder, signature, args):
+            return call(f"{name}_asking", context, builder, signature, args, body)
+
+        return types.void(out, A, B, m, n, depth, ahead, count), make
+
+    return product, product_asking
 
 
 def _scaled(name: str, turned: bool) -> Any:
@@ -222,11 +257,21 @@ def _scaled(name: str, turned: bool) -> Any:
 
         return types.void(out, old, scale, A, B, m, n, depth), make
 
-    return product
+    @intrinsic
+    def product_asking(typing, out, old, scale, A, B, m, n, depth, ahead, count):
+        def make(context, builder, signature, args):
+            return call(f"{name}_asking", context, builder, signature, args, body)
+
+        return types.void(out, old, scale, A, B, m, n, depth, ahead, count), make
+
+    return product, product_asking
 
 
-put, add, add_turned = _plain("put", False, SET), _plain("add", False, ADD), _plain("add_turned", True, ADD)
-scale_add, scale_add_turned = _scaled("scale_add", False), _scaled("scale_add_turned", True)
+put, put_asking = _plain("put", False, SET)
+add, _ = _plain("add", False, ADD)
+add_turned, _ = _plain("add_turned", True, ADD)
+scale_add, _ = _scaled("scale_add", False)
+scale_add_turned, scale_add_turned_asking = _scaled("scale_add_turned", True)
 
 
 def _copy(builder, out, x, to, to_step, at, at_step, n, width):

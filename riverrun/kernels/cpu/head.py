@@ -29,6 +29,8 @@ app. C for dg.
 
 from __future__ import annotations
 
+import numpy as np
+
 from . import gemm
 from .elementary import exp
 from .gemm import SIDE as C
@@ -48,11 +50,13 @@ SQUARES = 5
 # dd, P dd, and what reaches m
 P, AFTER, BETA, WHOLE, OWN, TOP, SUM, PSUM, FREE = range(9)
 VECTORS = 9
+TWO = np.int64(2)
 
 
 @small
 def scratch(room, wide, broad):
-    """Rows, columns, squares and vectors for keys of width `wide` and values of width `broad`."""
+    """Rows, columns, squares and vectors for keys of width `wide` and values of width `broad`. Each has a
+    row to spare: blocks a whole page apart would wait for each other's stores."""
     width = max(wide, broad)
     a = ROWS * C * width
     b = a + COLUMNS * width * C
@@ -69,7 +73,7 @@ def scratch(room, wide, broad):
 def size(wide, broad):
     """Numbers that `scratch` takes."""
     width = max(wide, broad)
-    return (ROWS + COLUMNS) * C * width + SQUARES * C * C + VECTORS * width
+    return ROWS * C * width + COLUMNS * width * C + SQUARES * C * C + VECTORS * width
 
 
 @small
@@ -208,26 +212,29 @@ def scores(delta, n, wide, rows, columns, squares):
 
 
 @small
-def against(out, matrix, x, columns, wide, broad):
+def against(out, matrix, x, columns, wide, broad, ahead, count):
     """out (C, wide) = x (C, broad) matrix (wide, broad)ᵀ"""
     gemm.transpose(columns[TURNED], x, broad)
-    gemm.put(columns[OUT], matrix, columns[TURNED], wide, C, broad)
+    gemm.put_asking(columns[OUT], matrix, columns[TURNED], wide, C, broad, ahead, count)
     gemm.transpose_back(out, columns[OUT], wide)
 
 
 @small
 def gradients(
-    delta, fresh, n, wide, broad, rows, columns, squares, vectors, S, dS, dg, dbeta, at, t, h,
+    delta, fresh, n, wide, broad, rows, columns, squares, vectors, S, dS, dg, dbeta, at, t, h, ahead,
     norm, dnorm, dlog,
 ):  # fmt: skip
     """A loaded block's gradients, from rows[Y] = dy; X and E of delta and dd of mlstm are there.
 
+    ahead: eight places in memory that will be needed next (see `memory.ask`).
     norm, dnorm, dlog: n of mlstm, its gradient and that of log w. None for the others, as dbeta is for mlstm.
     """
     apart()
     m, x = (n + 3) // 4 * 4, rows[X] if delta else rows[V]
+    fading = dg.shape[3] > 0
+    xs, ys = rows[XS] if fading else x, rows[YS] if fading else rows[Y]
     scores(delta, n, wide, rows, columns, squares)
-    gemm.put(rows[DX], rows[K], dS, m, broad, wide)
+    gemm.put_asking(rows[DX], rows[K], dS, m, broad, wide, ahead, TWO)
     gemm.scale_add_turned(rows[DX], rows[DX], vectors[AFTER], squares[QK], rows[Y], m, broad, n)
     if dbeta is not None and delta:
         solve_back(n, broad, rows, squares, vectors)
@@ -241,21 +248,22 @@ def gradients(
             for j in range(C):
                 square[j] += vectors[SUM, i]
     weigh(squares[DQK], squares, n, ZERO, ONE)
-    scale(rows[YS], rows[Y], vectors[P], broad, n)
-    scale(rows[XS], x, vectors[AFTER], broad, n)
+    if fading:
+        scale(ys, rows[Y], vectors[P], broad, n)
+        scale(xs, x, vectors[AFTER], broad, n)
     if dbeta is not None and delta:
         gemm.put(squares[DKK], rows[R], columns[TURNED], m, C, broad)
         weigh(squares[DKK], squares, n, ONE, ONE)
         scale(rows[RS], rows[R], vectors[P], broad, n)
-        against(rows[DR], S, rows[RS], columns, wide, broad)
+        against(rows[DR], S, rows[RS], columns, wide, broad, ahead, ZERO)
         gemm.add(rows[DR], squares[DKK], rows[K], m, wide, n)
-    against(rows[DQ], S, rows[YS], columns, wide, broad)
-    against(rows[DK], dS, rows[XS], columns, wide, broad)
+    against(rows[DQ], S, ys, columns, wide, broad, ahead[2:], TWO)
+    against(rows[DK], dS, xs, columns, wide, broad, ahead[4:], TWO)
     if norm is not None:
         rank_one(rows[DQ], vectors[PSUM], norm, wide, n)
         rank_one(rows[DK], vectors[AFTER], dnorm, wide, n)
     total = 0 * dS[0, 0]
-    if dg.shape[3]:
+    if fading:
         for key in range(wide):
             total += dot(S[key], dS[key], broad)
         if norm is not None:
@@ -265,13 +273,13 @@ def gradients(
             total += dot(rows[K, i], rows[DK, i], wide)
     gemm.add(rows[DQ], squares[DQK], rows[K], m, wide, n)
     gemm.add_turned(rows[DK], squares[DQK], rows[Q], m, wide, n)
-    gemm.scale_add_turned(dS, dS, vectors[WHOLE], rows[Q], rows[YS], wide, broad, n)
+    gemm.scale_add_turned_asking(dS, dS, vectors[WHOLE], rows[Q], ys, wide, broad, n, ahead[6:], TWO)
     if dbeta is not None and delta:
         gemm.add_turned(rows[DK], squares[DKK], rows[K], m, wide, n)
         gemm.add_turned(dS, rows[K], rows[RS], wide, broad, n)
     if norm is not None:
         gather(dnorm, vectors[WHOLE], dnorm, vectors[PSUM], rows[Q], wide, n)
-    if dg.shape[3]:
+    if fading:
         for i in range(n - 1, -1, -1):
             write = dot(rows[K, i], rows[DK, i], wide)
             total += dot(rows[Q, i], rows[DQ, i], wide) - write

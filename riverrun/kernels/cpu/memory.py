@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .gemm import LINE, apart, copy
 from .gemm import SIDE as C
-from .gemm import apart, copy
 from .threads import FASTMATH
 
 SEGMENT = 64  # steps from one state that the forward keeps to the next
@@ -30,7 +30,6 @@ small = numba.njit(
 compiled = numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=True)
 
 
-LINE = 64  # bytes of a cache line
 # not literals: a function is compiled once more for each literal it is called with
 ZERO, ONE, MINUS_ONE = np.int64(0), np.int64(1), np.int64(-1)
 
@@ -128,6 +127,15 @@ def load(block, x, i, t, h, lo, width, n, later, head):
         row = x[i, later + r, head]
         for c in range(0, width, near):
             prefetch(row, lo + c, 0)
+
+
+@small
+def ask(ahead, which, x, i, t, h, lo, width):
+    """Entry `which` of what a product will ask for: x[i, t : t + C, h, lo : lo + width], or what lies there
+    where x has ended: asking harms nowhere."""
+    ahead[which, 0] = x.ctypes.data + first(x, i, t, h, lo) * x.itemsize
+    ahead[which, 1] = x.shape[2] * x.shape[3] * x.itemsize
+    ahead[which, 2] = width * x.itemsize
 
 
 @small

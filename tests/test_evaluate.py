@@ -41,6 +41,18 @@ def test_bits_per_byte_are_those_of_one_pass_over_the_whole_text(tmp_path):
     assert told[-1][1] == limited.bits_per_byte
 
 
+def test_a_prefix_is_read_token_by_token(tmp_path):
+    """Read as a whole, its tokens would have seen what they predict."""
+    one, data = model("jrt").double(), TEXT[:60].encode()
+    state, nats, last = None, 0.0, 256
+    for i, token in enumerate(data):
+        state = None if i % 20 == 0 else state
+        logits, state = one(torch.tensor([[last]]), state)
+        nats, last = nats + F.cross_entropy(logits[0], torch.tensor([token])).item(), token
+    score = evaluate(one, ByteTokenizer(), text_file(tmp_path, data), context=20)
+    assert one.prefix == 6 and math.isclose(score.nats, nats, rel_tol=1e-9)
+
+
 def test_a_limit_inside_a_character_ends_before_it(tmp_path):
     bpe = BPETokenizer.train(TEXT, 270)
     path = text_file(tmp_path, "ab漢字".encode())

@@ -37,6 +37,27 @@ def test_cross_entropy_is_that_of_pytorch(block, monkeypatch):
         close(a, b, "gradient")
 
 
+def test_only_what_is_counted_counts():
+    torch.manual_seed(0)
+    x = torch.randn(2, 25, 8, dtype=torch.float64, requires_grad=True)
+    E = torch.randn(300, 8, dtype=torch.float64, requires_grad=True)
+    targets, counted = torch.randint(300, (2, 25)), torch.rand(2, 25) < 0.3
+    expected = F.cross_entropy((x @ E.T).flatten(0, 1), targets.masked_fill(~counted, -100).flatten())
+    found = losses.cross_entropy(x, E, targets, counted)
+    close(found, expected, "loss")
+    for a, b in zip(torch.autograd.grad(found, [x, E]), torch.autograd.grad(expected, [x, E])):
+        close(a, b, "gradient")
+    with pytest.raises(ValueError, match="none of 50 tokens is counted"):
+        losses.cross_entropy(x, E, targets, counted & False)
+
+
+def test_what_a_prefix_has_shown_is_not_counted():
+    tokens, reset = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.bool)
+    reset[1, 3] = True
+    assert losses.unseen(0, tokens, reset) is None
+    assert losses.unseen(3, tokens, reset).int().tolist() == [[0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 1, 1]]
+
+
 def test_cross_entropy_in_bfloat16_keeps_float32_sums():
     torch.manual_seed(0)
     x, E, targets = (

@@ -9,6 +9,7 @@ import torch
 from riverrun.config import override
 from riverrun.data.packing import Corpus
 from riverrun.models import folder
+from riverrun.models.language import LanguageModel
 from riverrun.testing.tolerance import close
 from riverrun.training import loop, prepare
 from riverrun.training.log import rows
@@ -63,6 +64,14 @@ def settings(tmp_path, *more):
         (["out={book}"], r"book\.txt is no folder"),
         (["evaluation.file={latin}", "data.tokenizer=bpe", "data.size=260"], r"latin\.txt: byte 3 \(0xe9\)"),
         (["data.files={latin}", "data.tokenizer=bpe", "data.size=260"], r"latin\.txt: byte 3 \(0xe9\)"),
+        (
+            ["model.pattern=jrt", "model.mixers={}", "model.mixers.jrt.prefix=30", "data.mode=stream"],
+            "data.mode=windows",
+        ),
+        (
+            ["model.pattern=jrt", "model.mixers={}", "model.mixers.jrt.prefix=30", "data.length=29"],
+            "at least as many",
+        ),
         (["data.length=5000"], "fewer than the 5001 of one window"),
     ],
 )
@@ -192,3 +201,23 @@ def test_a_loss_that_rises_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "factor", lambda schedule, step, used: 30.0 if step > 25 else 0.1)
     with pytest.raises(Diverged, match=r"has risen to .* from .*step-00000020.*--resume .*optim.lr="):
         train(settings(tmp_path, "save_every=20", "optim.lr=0.02"), report=Silent())
+
+
+def test_a_loss_is_of_nothing_that_the_model_has_seen(tmp_path, monkeypatch):
+    """Each target is changed in turn: what predicts it must not see that, unless it is not counted."""
+    seen, hidden, loss = [], LanguageModel.hidden, loop.cross_entropy
+    monkeypatch.setattr(loop, "cross_entropy", lambda *given: seen.append(given[2:]) or loss(*given))
+    monkeypatch.setattr(
+        LanguageModel, "hidden", lambda model, *given: seen.append((model, *given)) or hidden(model, *given)
+    )
+    jrt = "model.mixers={}", "model.mixers.jrt.num_heads=2", "model.mixers.jrt.prefix=9"
+    train(settings(tmp_path, "steps=1", "model.pattern=jrt", *jrt), report=Silent())
+    (model, tokens, _, reset), (targets, counted) = seen[-2:]
+    assert model.prefix == 9 and 0.5 < counted.float().mean() < 0.8
+    with torch.no_grad():
+        before = hidden(model, tokens, None, reset)[0]
+        for t in range(tokens.shape[1] - 1):
+            other = tokens.clone()
+            other[:, t + 1] = (tokens[:, t + 1] + 1) % 256
+            same = (hidden(model, other, None, reset)[0][:, t] == before[:, t]).all(-1)
+            assert same[counted[:, t]].all() and not same[~counted[:, t]].any()

@@ -90,3 +90,15 @@ def test_any_mixers_state_can_be_tuned(float64):
     close(mixer(x, state(2))[0], mixer(x)[0], "zeros")
     (grad,) = torch.autograd.grad(mixer(x, state(2))[0].square().sum(), list(state.parameters()))
     assert grad.abs().max() > 0
+
+
+def test_what_a_prefix_has_shown_is_no_loss():
+    torch.manual_seed(0)
+    args = {"jrt": {"num_heads": 2, "feature_width": 3, "prefix": 3}}
+    model, tokens = LanguageModel(LanguageConfig(TOKENIZER.size, 16, 1, "jrt", args)), texts(2)
+    with torch.no_grad():
+        model.embedding.weight.mul_(50)  # or all losses are log 257, wherever they are taken
+    (loss,) = tuning.tune(tuning.beginning(model), model, [tokens])
+    x, _ = model.hidden(tokens[:, :-1])
+    # a state of zeros is added, which may change how sums are taken
+    assert loss == pytest.approx(cross_entropy(x[:, 2:], model.output, tokens[:, 3:]).item(), rel=1e-4)

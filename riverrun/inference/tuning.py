@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from riverrun.data.tokens import Tokenizer
 from riverrun.models.language import LanguageModel
 from riverrun.state import State, leaves, tree_map
-from riverrun.training.loss import cross_entropy
+from riverrun.training.loss import cross_entropy, unseen
 
 from . import snapshot
 from .streams import Stream
@@ -78,7 +78,8 @@ def tune(
     optimizer, losses = torch.optim.Adam(state.parameters(), lr=lr), []
     for tokens in batches:
         x, _ = model.hidden(tokens[:, :-1], state(len(tokens)))
-        loss = cross_entropy(x, model.output.detach(), tokens[:, 1:])
+        counted = unseen(model.prefix, tokens[:, :-1], None)
+        loss = cross_entropy(x, model.output.detach(), tokens[:, 1:], counted)
         grads = torch.autograd.grad(loss, list(state.parameters()))
         for p, grad in zip(state.parameters(), grads, strict=True):
             p.grad = grad

@@ -4,7 +4,7 @@
     S_t = S_{t-1} + φ(k_t) [v_t, 1]ᵀ    [a_t, c_t] = (E + S_t)ᵀ φ(q_t)    y = W_o (a_t / c_t)
 
 All t read all of E, those of the prefix, t ≤ M, too: what stands there sees later tokens of the prefix. It
-has no next-token loss in the paper, which masks words there instead, for a quarter of the loss in its code.
+has no next-token loss; the paper masks words there instead, for a quarter of the loss in its code.
 Nothing sees later tokens beyond M.
 Source: Arora et al. 2024 (arXiv:2407.05483), and its code. The state is E + S, one matrix.
 """
@@ -28,8 +28,8 @@ class JRT(nn.Module):
     `prefix` M counts from the start of each document. What of it comes in one call is read as a whole, so
     give all of it to the first call; a later part of it does not reach back into outputs already given. The
     state after the prefix, and so all that follows, does not depend on how it came. Unless given it is 0,
-    which is causal throughout: a plain loss on the next token would find that token in a prefix. The paper
-    reads 1,024 of 2,048 tokens.
+    which is causal throughout: in a prefix a loss on the next token would find that token there, and so
+    `riverrun train` leaves it out (`LanguageModel.prefix`). The paper reads 1,024 of 2,048 tokens.
     """
 
     @checked

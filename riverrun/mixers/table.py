@@ -172,7 +172,7 @@ MIXERS: dict[str, Row] = {
         ),
         golden=BY_EQUATION + "the authors' layer is part of their training code, not of a package",
         good="recall from a document: it chooses what to keep with the whole prefix in view",
-        bad="text without a prompt, and training by the next token alone: the prefix needs another loss",
+        bad="text without a prompt; training: nothing is learnt from predicting inside the prefix",
         slow="the prefix has keys and values of its own, and a second sum",
     ),
     "kda": Row(

@@ -100,6 +100,12 @@ class LanguageModel(nn.Module):
         """The mixers of this model whose state grows with every token; empty when its memory is constant."""
         return sorted({name for name in self.layers if row(name).state == "grows"})
 
+    @property
+    def prefix(self) -> int:
+        """How many tokens at the start of a document some mixer reads as a whole: each sees the later ones,
+        so that to predict those is no test."""
+        return max(getattr(block.mixer, "prefix", 0) for block in self.blocks)
+
     def hidden(
         self, tokens: Tensor, state: State = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:

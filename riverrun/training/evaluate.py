@@ -63,7 +63,8 @@ def evaluate(
     for ids in cut(tokenizer.encode_stream(whole(path, limit)), min(chunk, context or chunk)):
         if context is not None and since + len(ids) > context:
             state, since = None, 0
-        nats, state = read(model, np.concatenate([[last], ids]), state, device)
+        singly = since < model.prefix  # a token alone does not see the next
+        nats, state = read(model, np.concatenate([[last], ids]), state, device, singly)
         total, last, nbytes = total + nats, ids[-1], nbytes + int(lengths[ids].sum())
         count, since = count + len(ids), since + len(ids)
         if progress is not None:
@@ -72,11 +73,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def read(model: LanguageModel, ids: np.ndarray, state: State, device: torch.device) -> tuple[float, State]:
-    """Nats of ids[1:], each after those before it, and the state."""
-    tokens = torch.from_numpy(ids.astype(np.int64)).to(device)[None]
-    x, state = model.hidden(tokens[:, :-1], state)
-    return float(cross_entropy_sum(x, model.output, tokens[:, 1:])), state
+def read(
+    model: LanguageModel, ids: np.ndarray, state: State, device: torch.device, singly: bool
+) -> tuple[float, State]:
+    """Nats of ids[1:], each after those before it, and the state; in one call, or one for each."""
+    tokens, xs = torch.from_numpy(ids.astype(np.int64)).to(device)[None], []
+    for part in tokens[:, :-1].split(1 if singly else len(ids), 1):
+        x, state = model.hidden(part, state)
+        xs.append(x)
+    return float(cross_entropy_sum(torch.cat(xs, 1), model.output, tokens[:, 1:])), state
 
 
 def check(model: LanguageModel, context: int | None) -> None:

@@ -31,7 +31,7 @@ from . import checkpoint
 from .checkpoint import Training
 from .evaluate import Score, evaluate
 from .log import Log, curve
-from .loss import cross_entropy
+from .loss import cross_entropy, unseen
 from .optim import clip
 from .prepare import prepare
 from .report import Numbers, Report, memory
@@ -171,7 +171,8 @@ class Run:
         model = self.training.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half(self.config, self.device)):
             x, state = model.hidden(part.tokens, state, part.reset)
-            loss = cross_entropy(x, model.output, part.targets) / self.config.accumulate
+            counted = unseen(model.prefix, part.tokens, part.reset)
+            loss = cross_entropy(x, model.output, part.targets, counted) / self.config.accumulate
         loss.backward()
         return loss.detach(), detach(state)
 

@@ -13,16 +13,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from riverrun.nn import positions
 from riverrun.ops import gpu
 
 BLOCK, GPU_BLOCK = 1 << 22, 1 << 27  # logits held at a time: 16 and 512 MiB in float32
 
 
-def cross_entropy(x: Tensor, E: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss in nats of `targets` (B, T) under hidden activations x (B, T, D) and output map E."""
-    x = _cast(x)
+def cross_entropy(x: Tensor, E: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean loss in nats of `targets` (B, T) under hidden activations x (B, T, D) and output map E.
+
+    Only those of `counted` (B, T) bool count, all unless given. Raises ValueError when there are none.
+    """
+    x, targets = _cast(x).flatten(0, -2), targets.flatten()
+    if counted is not None:
+        rows = counted.flatten().nonzero()[:, 0]
+        if not len(rows):
+            raise ValueError(
+                f"none of {len(targets)} tokens is counted, so there is no loss; take longer texts"
+            )
+        x, targets = x.index_select(0, rows), targets.index_select(0, rows)
     with torch.autocast(x.device.type, enabled=False):
-        return _CrossEntropy.apply(x.flatten(0, -2), E, targets.flatten())
+        return _CrossEntropy.apply(x, E, targets)
+
+
+def unseen(prefix: int, tokens: Tensor, reset: Tensor | None) -> Tensor | None:
+    """Where in `tokens` (B, T), whose rows and resets begin documents, the next token is still to come.
+
+    Of a `prefix` that is read as a whole, all tokens but the last have seen it. None: everywhere.
+    """
+    return positions(tokens, None, reset)[0] >= prefix - 1 if prefix else None
 
 
 def cross_entropy_sum(x: Tensor, E: Tensor, targets: Tensor) -> Tensor:

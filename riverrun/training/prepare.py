@@ -80,6 +80,11 @@ def begin(config: TrainConfig, tokenizer: Tokenizer) -> Training:
             f"data.mode=stream carries the state for ever, and that of {', '.join(model.grows)} grows with "
             "every token: use sliding_window in its place, or data.mode=windows"
         )
+    if model.prefix and (config.data.mode == "stream" or config.data.length < model.prefix):
+        raise ValueError(
+            f"the model reads {model.prefix} tokens as a whole, which have no loss: data.length = "
+            f"{config.data.length} must be at least as many, and data.mode=windows"
+        )
     model.to(device)
     return Training(model, adamw(model, config.optim), (None,) * config.accumulate, Progress())
 

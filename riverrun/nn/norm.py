@@ -26,8 +26,9 @@ def in_one_pass(x: Tensor) -> bool:
 def in_one_kernel(x: Tensor) -> bool:
     """Whether a plain norm of x is our own on a GPU: PyTorch's where that is no slower, where somebody names
     implementations or watches operators (a compiler makes one kernel of it and its neighbours)."""
-    large = x.numel() >= LARGE and gpu is not None and not (is_forced() or watched())
-    return large and gpu.norm.refuses(x, None, x.shape[-1]) is None
+    if x.numel() < LARGE or is_forced() or watched():
+        return False
+    return gpu is not None and gpu.norm.refuses(x, None, x.shape[-1]) is None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -39,7 +40,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        if in_one_kernel(x):
+        if gpu is not None and in_one_kernel(x):
             return gpu.norm.gated_rms_norm(x, None, self.weight, x.shape[-1], self.eps)
         if x.is_cuda and x.dtype == self.weight.dtype:  # whose own sums are float32
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)

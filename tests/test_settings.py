@@ -61,6 +61,8 @@ def test_spaces_belong_to_text_and_to_nothing_else(monkeypatch):
     [
         ("step=3", "no setting 'step'; did you mean 'steps'"),
         ("rate=3", r"did you mean 'inner\.rate'"),
+        ("rates.low=3", r"no setting 'rates\.low'; did you mean 'inner\.rate'"),
+        ("mixer.mamba.num_states=3", "did you mean 'mixers'"),
         ("inner.rat=3", r"did you mean 'inner\.rate'"),
         ("steps=soon", "'soon' is not int or none"),
         ("steps=1.5", "not int or none"),

@@ -68,8 +68,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known name, or all of them."""
     known = list(known)
     first = name.partition(".")[0]  # of `mixers.mamba.num_states` the part that is there, in another place
-    near = get_close_matches(name, known, n=1)
-    near = near or [k for k in known if get_close_matches(first, [k.rpartition(".")[2]])][:1]
+    ends = {k.rpartition(".")[2]: k for k in known}
+    near = get_close_matches(name, known, n=1) or [ends[e] for e in get_close_matches(first, ends, n=1)]
     return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
 
 

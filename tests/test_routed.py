@@ -246,9 +246,9 @@ def test_masked_compiles(make, args, float64):
     "cls, args, match",
     [
         (MoM, dict(rule="delta"), "'linear' or 'gla' or"),
-        (MoM, dict(chosen=5), r"must be 1\.\.4"),
+        (MoM, dict(chosen=5), r"chosen = 5 of 4 memories; it must be 1\.\.4"),
         (MoM, dict(masked=True), "window = 4 must be 1"),
-        (SSE, dict(readers=5), r"must be 1\.\.4"),
+        (SSE, dict(readers=5), r"readers = 5 of 4 memories; it must be 1\.\.4"),
         (SSE, dict(writers=0), "writers is 0"),
     ],
 )

@@ -52,7 +52,7 @@ class SSE(nn.Module):
         self.inp = nn.Linear(width, sum(self.sizes), bias=False)  # [q, k, v, V for q', k', z, g, g']
         self.query, self.key, self.gate = (nn.Linear(R, width, bias=False) for _ in range(3))
         self.decay, self.decays = nn.Linear(decay_rank, width), nn.Linear(decay_rank, width)
-        self.router = Router(width, num_partitions, max(writers, readers))
+        self.router = Router(width, num_partitions, max(writers, readers), "writers or readers")
         self.norm = GatedRMSNorm(width, K, eps, shared=True)
         self.out = nn.Linear(width, width, bias=False)
 

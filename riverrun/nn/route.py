@@ -32,12 +32,10 @@ class Router(nn.Module):
     """p (B, T, M), and the choices (B, T, k) in falling order of p. Computed in float32 or wider, so that
     rounding of the rest does not change who is chosen."""
 
-    def __init__(self, width: int, num_memories: int, chosen: int):
+    def __init__(self, width: int, num_memories: int, chosen: int, what: str = "chosen"):
         super().__init__()
         if not 1 <= chosen <= num_memories:
-            raise ValueError(
-                f"a token meets {chosen} of {num_memories} memories; it must be 1..{num_memories}"
-            )
+            raise ValueError(f"{what} = {chosen} of {num_memories} memories; it must be 1..{num_memories}")
         self.chosen = chosen
         self.weight = nn.Parameter(torch.randn(num_memories, width) * width**-0.5)
 

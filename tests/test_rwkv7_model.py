@@ -114,9 +114,9 @@ def test_what_does_not_fit_is_refused():
         model(tokens, model(tokens)[1][:1])
     with pytest.raises(ValueError, match="state"):
         model(tokens.expand(2, 3), model(tokens)[1])
-    for wrong in (dict(depth=0), dict(vocabulary=None), dict(inner=-1), dict(num_heads="two")):
-        with pytest.raises(ValueError, match=rf"{[*wrong][0]} is {[*wrong.values()][0]!r}; it must be int"):
-            RWKV7Model(replace(config, **wrong))
+    for name, wrong in dict(depth=0, vocabulary=None, inner=-1, num_heads="two").items():
+        with pytest.raises(ValueError, match=rf"{name} is {wrong!r}; it must be int"):
+            RWKV7Model(replace(config, **{name: wrong}))
     with pytest.raises(ValueError, match="value_rank"):
         RWKV7(16, 2, value_rank=4)(torch.zeros(1, 1, 16))
     close_all(leaves(model(tokens)[1]), leaves(model(tokens)[1]), "twice")

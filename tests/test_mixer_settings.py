@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from riverrun.mixers import MIXERS, build, mixer_class
+from riverrun.nn import head_width
 
 WIDTH = 16
 
@@ -75,3 +76,9 @@ def test_numbers_of_other_libraries_and_of_json_are_numbers():
 def test_what_is_said(args, match):
     with pytest.raises(ValueError, match=match):
         build("gated_deltanet", WIDTH, **args)
+
+
+def test_a_width_that_is_none_has_no_divisors():
+    for width in (0, -2):  # in a layer of one's own, whose arguments nobody has checked
+        with pytest.raises(ValueError, match=f"num_heads is {width}; it must be at least 1"):
+            head_width(width, 1, "num_key_heads", "num_heads")

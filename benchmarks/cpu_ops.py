@@ -3,7 +3,8 @@
     python benchmarks/cpu_ops.py [--threads 2] [--only delta,outer] [--seconds 1]
 
 Prints a table and, unless --only is given, writes benchmarks/results/cpu_ops.md. float32. Times are the best
-of several repetitions taken in turns. The sequential form is timed on a sixteenth of T and multiplied by 16.
+of several repetitions taken in turns; in all of them what is freed stays with the process (glibc's mallopt:
+no trimming, no mmap). The sequential form is timed on a sixteenth of T and multiplied by 16.
 Memory is the growth of a process's peak over forward and backward. The first call, forward and backward of a
 small case, is timed in a process of its own for each set of kernels, cold with an empty cache directory and
 warm with the one the cold call filled.
@@ -12,6 +13,7 @@ warm with the one the cold call filled.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import subprocess
@@ -30,6 +32,7 @@ from riverrun.state import leaves
 from riverrun.testing.inputs import Size, make
 
 SHORTER = 16
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt; see keep_memory
 MATRIX = [Size(B=4, T=1024, G=4, H=4, K=64, V=64), Size(B=1, T=8192, G=8, H=8, K=64, V=64)]
 CHANNELS = [Size(B=4, T=1024, H=4, V=64, D=256, N=16, P=64), Size(B=1, T=8192, H=8, V=64, D=512, N=16, P=64)]
 ROWS = [
@@ -93,8 +96,17 @@ def memory(op: str, form: str, impl: str, size: Size) -> float:
     return max(0.0, peak_mib() - before)
 
 
+def keep_memory() -> None:
+    """No memory goes back to the system, whose page faults are up to two thirds of a kernel's time: in whose
+    turn they fall depends on what ran before."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(TRIM_THRESHOLD, -1)
+        mallopt(MMAP_MAX, 0)
+
+
 def timings(op: str, form: str, size: Size, seconds: float) -> dict[str, dict[str, float]]:
     """Seconds of "forward" and "both" for every implementation, taken in turns."""
+    keep_memory()
     args, short = arguments(op, form, size), arguments(op, form, replace(size, T=size.T // SHORTER))
     times = {}
     for name, call in (("forward", forward), ("both", both)):

@@ -67,7 +67,7 @@ def compare(name, args, state, reset):
         torch.testing.assert_close(x, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("T", [1, 7, 83])
+@pytest.mark.parametrize("T", [1, 7, 147])
 @pytest.mark.parametrize("continued", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("form", FORMS)

@@ -20,7 +20,7 @@ PIECE = 4096  # sums a task
 SMALL = 16384  # numbers that are dealt with sooner than a second thread wakes up
 
 # a kernel does tasks first, first + step, ... of a number it knows from its arguments
-kernel = numba.njit(fastmath=FASTMATH, cache=True, error_model="numpy", nogil=True)
+kernel = numba.njit(fastmath=FASTMATH, cache=True, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
 
 
 def spread(f: Callable[..., None], tasks: int, work: int, *args: Any) -> None:

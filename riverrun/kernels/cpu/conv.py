@@ -197,25 +197,36 @@ def _backward(first, step, active, x, at, w, c, state, reset, size, dy, dtail, d
     alive(room)
 
 
-def _prepare(x, w, c, state, reset):
+def _size(active, batch, D):
+    """Channels a task: as many as leave every thread the same, since rows lie whole in memory. Every channel
+    is summed by itself, so that results do not depend on it. SiLU keeps its sums in the cache: less there."""
+    threads = torch.get_num_threads()
+    for parts in range(1, 0 if active or D % LANES else D // LANES + 1):
+        size = -(-D // parts // LANES) * LANES
+        if size <= BLOCK and batch * -(-D // size) % threads == 0:
+            return size
+    return block_size(D, batch, BLOCK)
+
+
+def _prepare(active, x, w, c, state, reset):
     """What both kernels begin with, and the number of tasks."""
     state = x.new_zeros(x.shape[0], w.shape[1] - 1, x.shape[2]) if state is None else state.contiguous()
     reset = None if reset is None else reset.contiguous()
-    size = block_size(x.shape[2], x.shape[0], BLOCK)
+    size = _size(active, x.shape[0], x.shape[2])
     c = x.new_empty(0) if c is None else c.contiguous()
     tasks = x.shape[0] * -(-x.shape[2] // size)
     return tasks, (*rows(x), w.contiguous(), c, state, reset, size)
 
 
 def _run(active, x, w, c, state, reset, save):
-    tasks, given = _prepare(x, w, c, state, reset)
+    tasks, given = _prepare(active, x, w, c, state, reset)
     y, tail = _fake(x, w, c, state, reset, save)
     spread(_forward, tasks, x.numel(), active, *given, y.view(-1, y.shape[2]), tail)
     return y, tail
 
 
 def _run_backward(active, x, w, c, state, reset, y, tail, dy, dtail):
-    tasks, given = _prepare(x, w, c, state, reset)
+    tasks, given = _prepare(active, x, w, c, state, reset)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     dtail = torch.zeros_like(tail) if dtail is None else dtail.contiguous()
     dx, dstate = torch.empty_like(y), torch.empty_like(tail)

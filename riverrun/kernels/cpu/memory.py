@@ -17,7 +17,7 @@ from .gemm import LINE, apart, copy
 from .gemm import SIDE as C
 from .threads import FASTMATH
 
-SEGMENT = 64  # steps from one state that the forward keeps to the next
+SEGMENT = 128  # steps from one state that the forward keeps to the next
 
 small = numba.njit(
     cache=True,
@@ -27,7 +27,7 @@ small = numba.njit(
     no_cpython_wrapper=True,
     no_cfunc_wrapper=True,
 )
-compiled = numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=True)
+compiled = numba.njit(cache=True, error_model="numpy", fastmath=FASTMATH, nogil=True, no_cfunc_wrapper=True)
 
 
 # not literals: a function is compiled once more for each literal it is called with

@@ -100,6 +100,7 @@ def _failed(builder: Any, code: Any) -> Any:
 
 def _divide(builder: Any, start: Any, step: Any) -> None:
     kernel = builder.function
+    kernel.attributes.add("noinline")  # or it is compiled twice
     raised = kernel.args[1].type.pointee
     frame = ir.LiteralStructType([WORD, WORD, HALF, raised, *(x.type for x in kernel.args)])
     place = cgutils.alloca_once(builder, frame)

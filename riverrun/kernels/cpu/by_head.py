@@ -10,6 +10,7 @@ import numpy as np
 
 from . import gemm, normaliser
 from .gemm import SIDE as C
+from .gemm import apart
 from .head import (
     AFTER,
     DK,
@@ -37,6 +38,7 @@ from .head import (
     scale,
     scores,
     scratch,
+    settled,
     size,
     solve,
     weigh,
@@ -57,6 +59,7 @@ from .memory import (
     load,
     place,
     shared,
+    small,
     store,
 )
 from .team import divided
@@ -87,11 +90,7 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved, no
     q, k, v, y = borrowed(q), borrowed(k), borrowed(v), borrowed(y)
     room_ahead = np.empty((4, 3), np.int64)
     x = rows[X] if delta else rows[V]
-    constant = False  # decays of 1 and no β: set once for all blocks
-    if beta is not None and not delta and g.shape[3] == 0:
-        constant = True
-        given(g, beta, ZERO, ZERO, ZERO, C, vectors)
-        decays(C, squares, vectors)
+    constant = settled(delta, g, beta, squares, vectors)
     xs = x if constant else rows[XS]
     top, ahead = np.zeros(group, q.dtype), borrowed(room_ahead)
     for task in range(first, B * parts * (H // group), step):
@@ -158,6 +157,20 @@ def forward(first, step, share, group, q, k, v, g, beta, reset, S0, y, saved, no
     alive(room)
 
 
+@small
+def foresee(ahead, q, k, v, dy, dq, dk, dv, y, i, at, t, h, H, lo, width):
+    """What the backward will read and write at step t and head h."""
+    apart()
+    ask(ahead, PLACES[0], q, i, t, shared(q, h, H), ZERO, q.shape[3])
+    ask(ahead, PLACES[1], k, i, t, shared(k, h, H), ZERO, q.shape[3])
+    ask(ahead, PLACES[2], v, i, t, h, lo, width)
+    ask(ahead, PLACES[3], dy, i, t, h, lo, width)
+    ask(ahead, PLACES[4], dq, at, t, h, ZERO, q.shape[3])
+    ask(ahead, PLACES[5], dk, at, t, h, ZERO, q.shape[3])
+    ask(ahead, PLACES[6], dv, i, t, h, lo, width)
+    ask(ahead, PLACES[7], y, i, t, h, lo, width)
+
+
 @compiled
 def backward(
     first, step, share, group, q, k, v, g, beta, reset, saved, dy, dS0, dq, dk, dv, dg, dbeta,
@@ -165,8 +178,7 @@ def backward(
 ):  # fmt: skip
     """dS0 is the gradient of the last state and becomes that of the first. Gradients of what all columns
     share are sums over one part's columns, of shape (parts B, ...). norm and back (a `normaliser.Back`) are
-    those of mlstm.
-    """
+    those of mlstm."""
     if divided(first, step):
         return
     (B, T, H, width), keys = v.shape, q.shape[3]
@@ -190,16 +202,9 @@ def backward(
     found = rest[(group + most) * wide :].reshape((2, SEGMENT, 1, broad))
     q, k, v, dy = borrowed(q), borrowed(k), borrowed(v), borrowed(dy)
     dq, dk, dv = borrowed(dq), borrowed(dk), borrowed(dv)
-    constant = False
-    if beta is not None and not delta and g.shape[3] == 0:
-        constant = True
-        given(g, beta, ZERO, ZERO, ZERO, C, vectors)
-        decays(C, squares, vectors)
-    x = rows[X] if delta else rows[V]
-    xs = x if constant else rows[XS]
+    constant = settled(delta, g, beta, squares, vectors)
     starts, before = np.empty(SEGMENT + 1, np.int64), np.empty(SEGMENT, np.int64)
-    free, room_ahead = np.zeros(group, q.dtype), np.empty((8, 3), np.int64)
-    ahead = borrowed(room_ahead)
+    free, ahead = np.zeros(group, q.dtype), np.empty((8, 3), np.int64)
     for task in range(first, B * parts * (H // group), step):
         i, part, heads = place(task, parts, H // group)
         lo, here, at = part * share, min(share, width - part * share), part * B + i
@@ -229,8 +234,7 @@ def backward(
                 kept += not fresh
                 load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
                 load(rows[V], v, i, t, h, lo, here, n, MINUS_ONE, ZERO)
-                if not constant:
-                    normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
+                normaliser.again(constant, g, beta, norm, fresh, i, t, h, n, squares, vectors)
                 if beta is not None and delta:
                     gemm.transpose(columns[TURNED], rows[K], wide)
                     gemm.put(squares[KK], rows[K], columns[TURNED], (n + 3) // 4 * 4, C, wide)
@@ -239,9 +243,8 @@ def backward(
                     store(found, ZERO, t - start, ZERO, ZERO, broad, n, rows[X])
                     store(found, ONE, t - start, ZERO, ZERO, broad, n, rows[E])
                 if t + n < stop:
-                    if not constant:
-                        scale(xs, x, vectors[AFTER], broad, n)
-                    gemm.scale_add_turned(states[kept], S, vectors[WHOLE], rows[K], xs, wide, broad, n)
+                    scale(rows[XS], rows[X] if delta else rows[V], vectors[AFTER], broad, n)
+                    gemm.scale_add_turned(states[kept], S, vectors[WHOLE], rows[K], rows[XS], wide, broad, n)
                     if norm is not None:
                         was = norms[before[blocks], 0]
                         gather(norms[kept, 0], vectors[WHOLE], was, vectors[AFTER], rows[K], wide, n)
@@ -253,19 +256,12 @@ def backward(
                 S, fresh = states[before[which]], before[which] == NONE
                 load(rows[Q], q, i, t, shared(q, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
                 load(rows[Y], dy, i, t, h, lo, here, n, MINUS_ONE, ZERO)
-                ask(ahead, PLACES[0], q, i, t + near, shared(q, head, H), ZERO, keys)
-                ask(ahead, PLACES[1], k, i, t + near, shared(k, head, H), ZERO, keys)
-                ask(ahead, PLACES[2], v, i, t + near, head, lo, here)
-                ask(ahead, PLACES[3], dy, i, t + near, head, lo, here)
-                ask(ahead, PLACES[4], dq, at, t + near, head, ZERO, keys)
-                ask(ahead, PLACES[5], dk, at, t + near, head, ZERO, keys)
-                ask(ahead, PLACES[6], dv, i, t + near, head, lo, here)
-                ask(ahead, PLACES[7], dv if norm is None else back.y, i, t + near, head, lo, here)
+                y = dv if norm is None else back.y
+                foresee(ahead, q, k, v, dy, dq, dk, dv, y, i, at, t + near, head, H, lo, here)
                 if which < blocks - 1:
                     load(rows[K], k, i, t, shared(k, h, H), ZERO, keys, n, MINUS_ONE, ZERO)
                     load(rows[V], v, i, t, h, lo, here, n, MINUS_ONE, ZERO)
-                    if not constant:
-                        normaliser.again(g, beta, norm, fresh, i, t, h, n, squares, vectors)
+                    normaliser.again(constant, g, beta, norm, fresh, i, t, h, n, squares, vectors)
                     if beta is not None and delta:
                         load(rows[X], found, ZERO, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
                         load(rows[E], found, ONE, t - start, ZERO, ZERO, broad, n, MINUS_ONE, ZERO)
@@ -295,5 +291,4 @@ def backward(
             keep(dS0, i, heads * group + each, lo, here, ends[each])
             if norm is not None:
                 keep(back.dn_first, at, heads * group + each, ZERO, keys, norm_ends[each])
-    alive(room_ahead)
     alive(room)

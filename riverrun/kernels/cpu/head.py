@@ -111,6 +111,16 @@ def decays(n, squares, vectors):
 
 
 @small
+def settled(delta, g, beta, squares, vectors):
+    """Whether all blocks have the same decays, 1, and no β: these are set now."""
+    if beta is not None and not delta and g.shape[3] == 0:
+        given(g, beta, ZERO, ZERO, ZERO, C, vectors)
+        decays(C, squares, vectors)
+        return True
+    return False
+
+
+@small
 def weigh(square, squares, n, strict, sign):
     """± the square's lower triangle by M, the rest zero, whatever stood there."""
     apart()

@@ -91,9 +91,9 @@ def last(first, every, fresh, b, t, h):
 
 
 @small
-def again(g, beta, norm, fresh, b, t, h, n, squares, vectors):
+def again(constant, g, beta, norm, fresh, b, t, h, n, squares, vectors):
     """Decays of a block that the forward has been through, of any of the three memories."""
-    if beta is not None:
+    if beta is not None and not constant:
         head.given(g, beta, b, t, h, n, vectors)
         head.decays(n, squares, vectors)
     if norm is not None:

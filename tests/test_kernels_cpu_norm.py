@@ -111,6 +111,33 @@ def test_skips_and_scaled_heads_are_the_same_either_way(dtype):
         close(a.float(), b.float(), "one way and the other", 1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("case", ["plain", "gated", "skip", "scaled"])
+def test_the_same_bits_from_a_compiled_graph(case):
+    """An operator with one result, and gradients of all that has one."""
+    x, z, w, d, s = (
+        large(),
+        large().flip(1),
+        torch.rand(WIDTH),
+        torch.randn(3),
+        torch.rand(*large().shape[:2], 3),
+    )
+    run, given = {
+        "plain": (lambda x, w: rms_norm(x, None, w, WIDTH, EPS), (x, w)),
+        "gated": (lambda x, z, w: rms_norm(x, z, w, 8, EPS), (x, z, w)),
+        "skip": (
+            lambda x, w, d: rms_norm(x, None, w, 8, EPS, False, (d, x.unflatten(-1, (3, -1)))),
+            (x, w, d),
+        ),
+        "scaled": (lambda x, s: scaled(x.unflatten(-1, (3, -1)), s), (x, s)),
+    }[case]
+    found = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        inputs = [t.detach().clone().requires_grad_() for t in given]
+        y = call(*inputs)
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     x, w, threads = large().requires_grad_(), torch.ones(WIDTH, requires_grad=True), torch.get_num_threads()
     found = []

@@ -11,13 +11,17 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 
 from riverrun import ops
 from riverrun.algorithms import shift
-from riverrun.kernels.gpu import conv
+from riverrun.kernels.gpu import conv, headnorm, rotary, swiglu
 from riverrun.kernels.gpu import norm as gpu_norm
+from riverrun.kernels.gpu import removal as gpu_removal
+from riverrun.kernels.gpu import scaled as gpu_scaled
+from riverrun.kernels.gpu import shift as gpu_shift
 from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.mixers.mamba2 import Mamba2
 from riverrun.mixers.rwkv7 import RWKV7
@@ -115,6 +119,8 @@ def test_removal(K, dtype, bound):
     H = 2 if DEVICE == "cpu" else 12
     inputs = [numbers(B, T, H, K, seed=i) for i in range(3)] + [numbers(H, K, seed=i) for i in range(2)]
     agree(partial(removal, strength=1.5), inputs, dtype, bound)
+    some = lambda *inputs: tuple(removal(*inputs, strength=1.5)[i] for i in (0, 1, 3))  # noqa: E731
+    agree(some, inputs, dtype, bound)  # one output has no gradient
 
 
 @dtypes
@@ -215,6 +221,75 @@ def test_short_convolution_of_a_part(silu, dtype, bound):
         return (cpu if wider.dtype == torch.float64 else gpu)(wider[..., 3 : 3 + D], w, c, state)
 
     agree(run, (numbers(B, T, D + 8), numbers(D, W), numbers(D), numbers(B, W - 1, D)), dtype, bound)
+
+
+ANGLES = numbers(2, B, T, 2).to(DEVICE)  # "cosines and sines" of no angle: a map as linear as with one
+KERNELS = {
+    "gated_norm": (
+        lambda x, z, w, d, u: gpu_norm.gated_rms_norm(x, z, w, 4, 1e-3, True, (d, u)),
+        ((B, T, 8), (B, T, 8), (4,), (2,), (B, T, 2, 4)),
+    ),
+    "rms_norm": (lambda x, w: gpu_norm.gated_rms_norm(x, None, w, 8), ((B, T, 8), (8,))),
+    "unit": (lambda x: gpu_norm.unit(x, 1e-3), ((B, T, 2, 4),)),
+    "head_norm": (
+        lambda x, w, gate, *bonus: headnorm.head_norm(x, w, None, gate, bonus, 1e-3),
+        ((B, T, 2, 4), (8,), (B, T, 8), *[(B, T, 2, 4)] * 3, (2, 4)),
+    ),
+    "removal": (
+        lambda *inputs: gpu_removal.removal(*inputs, -0.6, -1.5, 1e-3),
+        (*[(B, T, 2, 4)] * 3, (2, 4), (2, 4)),
+    ),
+    "rotate": (lambda x: rotary.rotate(x, *ANGLES), ((B, T, 2, 4),)),
+    "scaled": (gpu_scaled.scaled, ((B, T, 2, 4), (B, T, 2))),
+    "token_shift": (gpu_shift.call, ((B, T, 8), (3, 8), (B, 8))),
+    "swiglu": (swiglu.call, ((B, T, 8),)),
+    "short_conv_silu": (lambda x, w: conv.short_conv_silu(x, w)[0], ((B, T, 8), (8, 3))),
+}
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_by_itself_and_as_an_operator(name):
+    """The same bits called directly, through the dispatcher, and from a compiled graph."""
+    run, shapes = KERNELS[name]
+    inputs = [numbers(*shape, seed=i).to(DEVICE) for i, shape in enumerate(shapes)]
+    found = gradients(run, inputs)
+    assert "Direct" in type(found[0].grad_fn).__name__
+    with Watching() as mode:
+        watched = gradients(run, inputs)
+    op = f"riverrun::{'gated_norm' if name == 'rms_norm' else name}_gpu"
+    assert op in mode.seen and (name == "rotate" or f"{op}_backward" in mode.seen)
+    compiled = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), inputs)
+    for a, b, c in zip(found, watched, compiled, strict=True):
+        assert a.dtype == b.dtype == c.dtype and torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_second_derivatives(name):
+    """Refused, whoever watches; only a rotation is its own derivative."""
+    run, shapes = KERNELS[name]
+    for context in (nullcontext(), Watching()):
+        inputs = [numbers(*shape, seed=i).to(DEVICE).requires_grad_() for i, shape in enumerate(shapes)]
+        with context:
+            y = run(*inputs)
+            y = sum(v.square().sum() for v in y) if isinstance(y, tuple) else y.square().sum()
+            first = torch.autograd.grad(y, inputs, create_graph=True)[0]
+            if name == "rotate":
+                (second,) = torch.autograd.grad(first.sum(), inputs)
+                squares = 2 * ANGLES.square().sum(0)[:, :, None]
+                torch.testing.assert_close(second, torch.cat([squares, squares], -1).expand_as(second))
+            else:
+                with pytest.raises(RuntimeError, match="no second derivative"):
+                    first.sum().backward()
 
 
 def test_parts_of_a_padded_map():

@@ -5,8 +5,9 @@
 
     dx = s (dn - mean dn - n mean (dn ⊙ n)),  dn = w ⊙ dz,  dz = dy ⊙ gate
 
-x, gate, r, k, v, y: (R, H, P)    w, b, ρ: (H, P)    Computed in float32; gradients of w, b and ρ are summed
-over rows in a fixed order. What `riverrun.nn.norm.HeadNorm` computes.
+x, r, k, v: (..., H, P)    gate, y: (..., H·P)    w, b: (H·P)    ρ: (H, P)
+Computed in float32; gradients of w, b and ρ are summed over rows in a fixed order. What
+`riverrun.nn.norm.HeadNorm` computes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from riverrun.kernels.library import define
 
 from .launch import DEVICE
 
@@ -111,60 +114,41 @@ def _flat(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-@torch.library.custom_op("riverrun::head_norm_gpu", mutates_args=(), device_types=DEVICE)
-def _norm(
-    x: Tensor, w: Tensor, b: Tensor | None, gate: Tensor | None,
-    r: Tensor | None, k: Tensor | None, v: Tensor | None, rho: Tensor | None, eps: float,
-) -> Tensor:  # fmt: skip
-    R, H, P = x.shape
-    y, tile = _like(x), _tile(P, R * H)
-    grid = (triton.cdiv(R * H, tile["ROWS"]),)
-    _forward[grid](*_flat(x, w, b, gate, r, k, v, rho), y, R * H, H, P, eps, **tile)
-    return y
+def _run(x, w, b, gate, r, k, v, rho, eps, save):
+    (y,), (H, P), R = _fake(x), x.shape[-2:], x.numel() // x.shape[-1]
+    tile = _tile(P, R)
+    _forward[(triton.cdiv(R, tile["ROWS"]),)](*_flat(x, w, b, gate, r, k, v, rho), y, R, H, P, eps, **tile)
+    return (y,)
 
 
-@torch.library.custom_op("riverrun::head_norm_gpu_backward", mutates_args=(), device_types=DEVICE)
-def _norm_backward(
-    x: Tensor, w: Tensor, b: Tensor | None, gate: Tensor | None,
-    r: Tensor | None, k: Tensor | None, v: Tensor | None, rho: Tensor | None, dy: Tensor, eps: float,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, w, and of those of b, gate, r, k, v, ρ that are there."""
-    (R, H, P), tile = x.shape, _tile(x.shape[2], x.shape[0])
+def _run_backward(x, w, b, gate, r, k, v, rho, eps, dy):
+    H, P = x.shape[-2:]
+    R = x.numel() // (H * P)
+    tile = _tile(P, R)
     length = triton.cdiv(triton.cdiv(R * H, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
     parts = triton.cdiv(R, length)
     dx, dgate, dr, dk, dv = (None if t is None else _like(t) for t in (x, gate, r, k, v))
-    sums = x.new_empty(3, parts, H, P, dtype=torch.float32)
+    sums = x.new_empty(3, parts, H * P, dtype=torch.float32)
     dw, db, drho = (None if t is None else s for t, s in zip((w, b, rho), sums, strict=True))
     _backward[(parts, H)](
         *_flat(x, w, b, gate, r, k, v, rho, dy), dx, dgate, dr, dk, dv, dw, db, drho,
         R, H, P, eps, length, **tile,
     )  # fmt: skip
-    dw, db, drho = (None if t is None else d.sum(0).to(t.dtype) for t, d in ((w, dw), (b, db), (rho, drho)))
-    return [d for d in (dx, dw, db, dgate, dr, dk, dv, drho) if d is not None]
+    dw, db, drho = (
+        None if t is None else d.sum(0).view(t.shape).to(t.dtype) for t, d in ((w, dw), (b, db), (rho, drho))
+    )
+    return dx, dw, db, dgate, dr, dk, dv, drho
 
 
-@_norm.register_fake
-def _(x, w, b, gate, r, k, v, rho, eps):
-    return _like(x)
+def _fake(x, *others):
+    return (x.new_empty(*x.shape[:-2], x.shape[-2:].numel()),)
 
 
-@_norm_backward.register_fake
-def _(x, w, b, gate, r, k, v, rho, dy, eps):
-    return [_like(t) for t in (x, w, b, gate, r, k, v, rho) if t is not None]
-
-
-def _setup(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, dy):
-    given = ctx.saved_tensors
-    found = iter(_norm_backward(*given, dy, ctx.eps))
-    return *(None if x is None else next(found) for x in given), None
-
-
-_norm.register_autograd(_gradients, setup_context=_setup)
+_norm = define(
+    "head_norm_gpu",
+    "Tensor x, Tensor w, Tensor? b, Tensor? gate, Tensor? r, Tensor? k, Tensor? v, Tensor? rho, float eps",
+    1, None, DEVICE, _run, _run_backward, _fake,
+)  # fmt: skip
 
 
 def head_norm(
@@ -174,11 +158,7 @@ def head_norm(
     """y (..., H·P) for x (..., H, P), gate (..., H·P), and (r, k, v, ρ) with r, k, v of x's shape."""
     if why := refuses(x):
         raise ValueError(f"head_norm: {why}")
-    H, P = x.shape[-2:]
-    r, k, v, rho = bonus or (None,) * 4
-    rows = [None if t is None else t.reshape(-1, H, P) for t in (x, gate, r, k, v)]
-    w, b, rho = (None if t is None else t.view(H, P) for t in (w, b, rho))
-    return _norm(rows[0], w, b, *rows[1:], rho, eps).view(*x.shape[:-2], H * P)
+    return _norm(x, w, b, gate, *(bonus or (None,) * 4), eps)[0]
 
 
 def refuses(x: Tensor) -> str | None:

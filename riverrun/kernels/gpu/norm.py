@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from riverrun.kernels.library import define
+
 from .launch import DEVICE
 
 PROGRAMS = 2048  # of the backward pass: what a multiprocessor holds at once, as waits for memory are long
@@ -100,78 +102,60 @@ def _backward(
         tl.store(dd + (part * M + group) * N + c, tl.sum(total_d, 0), mask=c < N)
 
 
-def _tile(x: Tensor, before: bool) -> dict:
-    C = triton.next_power_of_2(x.shape[2])
-    rows = max(1, min(1024 // C, triton.next_power_of_2(x.shape[0])))
-    return {
-        "M": x.shape[1],
-        "ROWS": rows,
-        "C": C,
-        "BEFORE": before,
-        "num_warps": max(1, min(16, C * rows // 256)),
-    }
+def _tile(x: Tensor, group: int, before: bool) -> dict:
+    M, C = x.shape[-1] // group, triton.next_power_of_2(group)
+    rows = max(1, min(1024 // C, triton.next_power_of_2(x.numel() // x.shape[-1])))
+    return {"M": M, "ROWS": rows, "C": C, "BEFORE": before, "num_warps": max(1, min(16, C * rows // 256))}
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _rows(x: Tensor, groups: int, group: int) -> Tensor:
-    """(rows, groups, group), a view if a row lies in one piece: a gate is often a part of a wider tensor."""
-    rows = x.reshape(-1, groups * group)
-    return (rows if rows.stride(1) == 1 else rows.contiguous()).view(-1, groups, group)
+def _rows(x: Tensor, width: int) -> Tensor:
+    """(rows, width), a view if a row lies in one piece: a gate is often a part of a wider tensor."""
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-@torch.library.custom_op("riverrun::gated_norm_gpu", mutates_args=(), device_types=DEVICE)
-def _norm(
-    x: Tensor, z: Tensor | None, w: Tensor, d: Tensor | None, u: Tensor | None, eps: float, before: bool
-) -> Tensor:
-    y, tile = _like(x), _tile(x, before)
-    grid = (triton.cdiv(x.shape[0], tile["ROWS"]), x.shape[1])
-    strides = [0 if t is None else t.stride(0) for t in (x, z, u)]
-    _forward[grid](x, z, w, d, u, y, x.shape[0], x.shape[2], *strides, eps, **tile)
-    return y
+def _given(x, z, w, d, u, group):
+    """x, z, w, d and u as kernels take them; from one row of x, z and u to the next."""
+    width = x.shape[-1]
+    x, z, u = (None if t is None else _rows(t, width) for t in (x, z, u))
+    w = w.view(-1, group).expand(width // group, group).contiguous()
+    d = None if d is None else d[:, None].expand(-1, width // len(d)).contiguous()
+    return (x, z, w, d, u), [0 if t is None else t.stride(0) for t in (x, z, u)]
 
 
-@torch.library.custom_op("riverrun::gated_norm_gpu_backward", mutates_args=(), device_types=DEVICE)
-def _norm_backward(
-    x: Tensor, z: Tensor | None, w: Tensor, d: Tensor | None, u: Tensor | None, dy: Tensor,
-    eps: float, before: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, w, and of those of z, d and u that are there."""
-    (R, M, N), tile = x.shape, _tile(x, before)
-    parts = min(triton.cdiv(R, tile["ROWS"]), max(1, PROGRAMS // M))
-    length = triton.cdiv(triton.cdiv(R, parts), tile["ROWS"]) * tile["ROWS"]
+def _run(x, z, w, d, u, group, eps, before, save):
+    y, R, tile = _like(x), x.numel() // x.shape[-1], _tile(x, group, before)
+    given, strides = _given(x, z, w, d, u, group)
+    _forward[(triton.cdiv(R, tile["ROWS"]), tile["M"])](*given, y, R, group, *strides, eps, **tile)
+    return (y,)
+
+
+def _run_backward(x, z, w, d, u, group, eps, before, dy):
+    width, tile = x.shape[-1], _tile(x, group, before)
+    R, M, ROWS = x.numel() // width, tile["M"], tile["ROWS"]
+    parts = min(triton.cdiv(R, ROWS), max(1, PROGRAMS // M))
+    length = triton.cdiv(triton.cdiv(R, parts), ROWS) * ROWS
     parts = triton.cdiv(R, length)
     dx, dz, du = (None if t is None else _like(t) for t in (x, z, u))
-    dw, dd = (None if t is None else x.new_empty(parts, M, N, dtype=torch.float32) for t in (w, d))
-    strides = [0 if t is None else t.stride(0) for t in (x, z, u)]
-    _backward[(parts, M)](x, z, w, d, u, dy, dx, dz, dw, dd, du, R, N, *strides, eps, length, **tile)
-    dw, dd = (None if t is None else part.sum(0).to(t.dtype) for t, part in ((w, dw), (d, dd)))
-    return [t for t in (dx, dz, dw, dd, du) if t is not None]
+    dw, dd = (None if t is None else x.new_empty(parts, width, dtype=torch.float32) for t in (w, d))
+    given, strides = _given(x, z, w, d, u, group)
+    _backward[(parts, M)](
+        *given, dy.contiguous(), dx, dz, dw, dd, du, R, group, *strides, eps, length, **tile
+    )  # fmt: skip
+    dw = dw.view(-1, len(w)).sum(0).to(w.dtype)
+    dd = None if d is None else dd.view(parts, len(d), -1).sum((0, 2)).to(d.dtype)
+    return dx, dz, dw, dd, du
 
 
-@_norm.register_fake
-def _(x, z, w, d, u, eps, before):
-    return _like(x)
-
-
-@_norm_backward.register_fake
-def _(x, z, w, d, u, dy, eps, before):
-    return [_like(t) for t in (x, z, w, d, u) if t is not None]
-
-
-def _setup(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.before = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, dy):
-    found = iter(_norm_backward(*ctx.saved_tensors, dy.contiguous(), ctx.eps, ctx.before))
-    return *(None if t is None else next(found) for t in ctx.saved_tensors), None, None
-
-
-_norm.register_autograd(_gradients, setup_context=_setup)
+_norm = define(
+    "gated_norm_gpu",
+    "Tensor x, Tensor? z, Tensor w, Tensor? d, Tensor? u, int group, float eps, bool before",
+    1, None, DEVICE, _run, _run_backward, lambda x, *others: (_like(x),),
+)  # fmt: skip
 
 
 def gated_rms_norm(
@@ -185,13 +169,8 @@ def gated_rms_norm(
     """
     if why := refuses(x, z, group):
         raise ValueError(f"gated_rms_norm: {why}")
-    w = weight.view(-1, group).expand(x.shape[-1] // group, group).contiguous()
     d, u = skip or (None, None)
-    if d is not None:
-        d = d[:, None].expand(u.shape[-2:]).contiguous().view(w.shape)
-        u = _rows(u.flatten(-2), *w.shape)
-    x_, z_ = (None if t is None else _rows(t, *w.shape) for t in (x, z))
-    return _norm(x_, z_, w, d, u, eps, before).view(x.shape)
+    return _norm(x, z, weight, d, u, group, eps, before)[0]
 
 
 @triton.jit
@@ -219,54 +198,36 @@ def _unit_backward(x, dy, dx, R, H, K, XS, eps, ROWS: tl.constexpr, C: tl.conste
 
 
 def _unit_launch(kernel, x: Tensor, *others: Tensor, eps: float) -> None:
-    (R, H, K), C = x.shape, triton.next_power_of_2(x.shape[2])
-    rows = max(1, min(1024 // C, triton.next_power_of_2(R * H)))
-    grid = (triton.cdiv(R * H, rows),)
-    kernel[grid](
-        x, *others, R * H, H, K, x.stride(0), eps, rows, C, num_warps=max(1, min(16, C * rows // 256))
-    )
+    (H, K), C = x.shape[-2:], triton.next_power_of_2(x.shape[-1])
+    R, given = x.numel() // K, _rows(x, H * K)
+    rows = max(1, min(1024 // C, triton.next_power_of_2(R)))
+    warps = max(1, min(16, C * rows // 256))
+    kernel[(triton.cdiv(R, rows),)](given, *others, R, H, K, given.stride(0), eps, rows, C, num_warps=warps)
 
 
-@torch.library.custom_op("riverrun::unit_gpu", mutates_args=(), device_types=DEVICE)
-def _unit(x: Tensor, eps: float) -> Tensor:
+def _run_unit(x, eps, save):
     y = _like(x)
     _unit_launch(_unit_forward, x, y, eps=eps)
-    return y
+    return (y,)
 
 
-@torch.library.custom_op("riverrun::unit_gpu_backward", mutates_args=(), device_types=DEVICE)
-def _unit_gradient(x: Tensor, dy: Tensor, eps: float) -> Tensor:
+def _run_unit_backward(x, eps, dy):
     dx = _like(x)
-    _unit_launch(_unit_backward, x, dy, dx, eps=eps)
-    return dx
+    _unit_launch(_unit_backward, x, dy.contiguous(), dx, eps=eps)
+    return (dx,)
 
 
-@_unit.register_fake
-def _(x, eps):
-    return _like(x)
-
-
-@_unit_gradient.register_fake
-def _(x, dy, eps):
-    return _like(x)
-
-
-def _unit_setup(ctx, inputs, output):
-    x, ctx.eps = inputs
-    ctx.save_for_backward(x)
-
-
-_unit.register_autograd(
-    lambda ctx, dy: (_unit_gradient(*ctx.saved_tensors, dy.contiguous(), ctx.eps), None),
-    setup_context=_unit_setup,
-)
+_unit = define(
+    "unit_gpu", "Tensor x, float eps", 1, None, DEVICE,
+    _run_unit, _run_unit_backward, lambda x, *others: (_like(x),),
+)  # fmt: skip
 
 
 def unit(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(Σ x² + eps) over the last axis of x (..., H, K)."""
     if why := refuses(x, x, x.shape[-1]):
         raise ValueError(f"unit: {why}")
-    return _unit(_rows(x, *x.shape[-2:]), eps).view(x.shape)
+    return _unit(x, eps)[0]
 
 
 def refuses(x: Tensor, z: Tensor | None, group: int) -> str | None:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from riverrun.kernels.library import define
+
 from .launch import DEVICE
 
 ITEMS = 1024  # numbers of a tensor that a program of four warps holds
@@ -88,54 +90,36 @@ def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("riverrun::removal_gpu", mutates_args=(), device_types=DEVICE)
-def _removal(
-    k: Tensor, w: Tensor, a: Tensor, xi: Tensor, alpha: Tensor, decay: float, erase: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(k, w, a, xi, alpha, decay, erase, eps, save):
     (H, K), R = k.shape[2:], k.shape[:3].numel()
-    key, g, e, kappa = _like(k), _like(k, torch.float32), _like(k), _like(k)
-    tile = _tile(K, R)
+    results, tile = _fake(k), _tile(K, R)
     inputs = (x.contiguous() for x in (k, w, a, xi, alpha))
     grid = (triton.cdiv(R, tile["ROWS"]),)
-    _forward[grid](*inputs, key, g, e, kappa, R, H, K, decay, erase, eps, **tile)
-    return key, g, e, kappa
+    _forward[grid](*inputs, *results, R, H, K, decay, erase, eps, **tile)
+    return results
 
 
-@torch.library.custom_op("riverrun::removal_gpu_backward", mutates_args=(), device_types=DEVICE)
-def _removal_backward(
-    k: Tensor, w: Tensor, a: Tensor, xi: Tensor, alpha: Tensor,
-    dkey: Tensor, dg: Tensor, de: Tensor, dkappa: Tensor, decay: float, erase: float, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _run_backward(k, w, a, xi, alpha, decay, erase, eps, *gradients):
     (H, K), R = k.shape[2:], k.shape[:2].numel()
     dk, dw, da, tile = _like(k), _like(w), _like(a), _tile(K, R)
     length = triton.cdiv(triton.cdiv(R * H, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
     parts = triton.cdiv(R, length)
     sums = k.new_empty(2, parts, H, K, dtype=torch.float32)
-    inputs = (x.contiguous() for x in (k, w, a, xi, alpha, dkey, dg, de, dkappa))
+    inputs = (x.contiguous() for x in (k, w, a, xi, alpha, *gradients))
     _backward[(parts, H)](*inputs, dk, dw, da, *sums, R, H, K, decay, erase, eps, length, **tile)
     return dk, dw, da, *(x.sum(0).to(xi.dtype) for x in sums)
 
 
-@_removal.register_fake
-def _(k, w, a, xi, alpha, decay, erase, eps):
+def _fake(k, *others):
+    """k', g, e and κ, empty."""
     return _like(k), _like(k, torch.float32), _like(k), _like(k)
 
 
-@_removal_backward.register_fake
-def _(k, w, a, xi, alpha, dkey, dg, de, dkappa, decay, erase, eps):
-    return _like(k), _like(w), _like(a), torch.empty_like(xi), torch.empty_like(alpha)
-
-
-def _setup(ctx, inputs, output):
-    *tensors, ctx.decay, ctx.erase, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, *d):
-    return *_removal_backward(*ctx.saved_tensors, *d, ctx.decay, ctx.erase, ctx.eps), None, None, None
-
-
-_removal.register_autograd(_gradients, setup_context=_setup)
+_removal = define(
+    "removal_gpu",
+    "Tensor k, Tensor w, Tensor a, Tensor xi, Tensor alpha, float decay, float erase, float eps",
+    4, None, DEVICE, _run, _run_backward, _fake,
+)  # fmt: skip
 
 
 def removal(

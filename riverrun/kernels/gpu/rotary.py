@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from riverrun.kernels.library import PLAIN, watched
+
 from .launch import DEVICE
 
 ITEMS = 512  # pairs that a program of four warps holds
@@ -35,8 +37,7 @@ def _turn(x, cos, sin, y, R, H, HALF, XS, ROWS: tl.constexpr, C: tl.constexpr, B
     tl.store(to + HALF, (b * c + a * s).to(y.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("riverrun::rotate_gpu", mutates_args=(), device_types=DEVICE)
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def _run(x, cos, sin, back):
     H, K = x.shape[2:]
     steps = x.reshape(-1, H * K)
     steps = steps if steps.stride(1) == 1 else steps.contiguous()
@@ -51,6 +52,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return y
 
 
+@torch.library.custom_op("riverrun::rotate_gpu", mutates_args=(), device_types=DEVICE)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return _run(x, cos, sin, back)
+
+
 @_rotate.register_fake
 def _(x, cos, sin, back):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -61,16 +67,36 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(cos, sin)
 
 
-_rotate.register_autograd(
-    lambda ctx, dy: (_rotate(dy, *ctx.saved_tensors, not ctx.back), None, None, None), setup_context=_setup
-)
+def _gradients(ctx, dy):
+    return _turned(dy, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_rotate.register_autograd(_gradients, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without the dispatcher. `define`'s have no second derivative; this one's is itself."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        _setup(ctx, args, None)
+        return _run(*args)
+
+    backward = staticmethod(_gradients)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    if watched() or type(x) not in PLAIN:
+        return _rotate(x, cos, sin, back)
+    turn = _Direct.apply if torch.is_grad_enabled() and x.requires_grad else _run
+    return turn(x, cos, sin, back)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, T, H, K), K even, turned by the angles of cos and sin (B, T, K/2)."""
     if why := refuses(x):
         raise ValueError(f"rotate: {why}")
-    return _rotate(x, cos, sin, False)
+    return _turned(x, cos, sin, False)
 
 
 def refuses(x: Tensor) -> str | None:

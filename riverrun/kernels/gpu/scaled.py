@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from riverrun.kernels.library import define
+
 from .launch import DEVICE
 
 ITEMS = 1024  # numbers that a program of four warps holds
@@ -56,40 +58,28 @@ def _launch(kernel, x: Tensor, s: Tensor, *others: Tensor) -> None:
     )
 
 
-@torch.library.custom_op("riverrun::scaled_gpu", mutates_args=(), device_types=DEVICE)
-def _scaled(x: Tensor, s: Tensor) -> Tensor:
+def _run(x, s, save):
     y = _like(x)
     _launch(_forward, x, s, y)
-    return y
+    return (y,)
 
 
-@torch.library.custom_op("riverrun::scaled_gpu_backward", mutates_args=(), device_types=DEVICE)
-def _gradients(x: Tensor, s: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _run_backward(x, s, dy):
     dx, ds = _like(x), _like(s)
     _launch(_backward, x, s, dy.contiguous(), dx, ds)
     return dx, ds
 
 
-@_scaled.register_fake
-def _(x, s):
-    return _like(x)
-
-
-@_gradients.register_fake
-def _(x, s, dy):
-    return _like(x), _like(s)
-
-
-_scaled.register_autograd(
-    lambda ctx, dy: _gradients(*ctx.saved_tensors, dy),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+_scaled = define(
+    "scaled_gpu", "Tensor x, Tensor s", 1, None, DEVICE,
+    _run, _run_backward, lambda x, *others: (_like(x),),
+)  # fmt: skip
 
 
 def scaled(x: Tensor, s: Tensor) -> Tensor:
     if why := refuses(x, s):
         raise ValueError(f"scaled: {why}")
-    return _scaled(x, s)
+    return _scaled(x, s)[0]
 
 
 def refuses(x: Tensor, s: Tensor) -> str | None:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from riverrun.kernels.library import define
+
 from .launch import DEVICE
 from .tiles import flat
 
@@ -126,43 +128,25 @@ def _gradients(x, mix, last, reset, dy):
     return dx, dmix.sum(0).to(mix.dtype), dlast, None
 
 
-@torch.library.custom_op("riverrun::token_shift_gpu", mutates_args=(), device_types=DEVICE)
-def _shift(x: Tensor, mix: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
-    return make(x, mix, last, reset)
+def _run(x, mix, last, reset, save):
+    return (make(x, mix, last, reset),)
 
 
-@torch.library.custom_op("riverrun::token_shift_gpu_backward", mutates_args=(), device_types=DEVICE)
-def _shift_backward(
-    x: Tensor, mix: Tensor, last: Tensor | None, reset: Tensor | None, dy: Tensor
-) -> list[Tensor]:
-    """Gradients of x, mix, and of last if it is there."""
-    return [d for d in _gradients(x, mix, last, reset, dy) if d is not None]
+def _fake(x, mix, last, reset, save):
+    return (x.new_empty(mix.shape[0], *x.shape),)
 
 
-@_shift.register_fake
-def _(x, mix, last, reset):
-    return x.new_empty(mix.shape[0], *x.shape)
-
-
-@_shift_backward.register_fake
-def _(x, mix, last, reset, dy):
-    given = (t for t in (x, mix, last) if t is not None)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
-
-
-def _autograd(ctx, dy):
-    found = _shift_backward(*ctx.saved_tensors, dy)
-    return *found, *[None] * (4 - len(found))
-
-
-_shift.register_autograd(_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_shift = define(
+    "token_shift_gpu", "Tensor x, Tensor mix, Tensor? last, Tensor? reset", 1, None, DEVICE,
+    _run, _gradients, _fake,
+)  # fmt: skip
 
 
 def call(x: Tensor, mix: Tensor, last: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
     """(N, B, T, D) for x (B, T, D) and mix (N, D), differentiable."""
     if why := refuses(x):
         raise ValueError(f"token shift: {why}")
-    return _shift(x, mix, last, reset)
+    return _shift(x, mix, last, reset)[0]
 
 
 def refuses(x: Tensor) -> str | None:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from riverrun.kernels.library import define
+
 from .launch import DEVICE
 
 BLOCK = 1024
@@ -42,43 +44,24 @@ def _backward(x, dy, dx, y, N, BLOCK: tl.constexpr):
         tl.store(y + row * N + c, (g * s * u).to(y.dtype.element_ty), mask=c < N)
 
 
-@torch.library.custom_op("riverrun::swiglu_gpu", mutates_args=(), device_types=DEVICE)
-def _swiglu(x: Tensor) -> Tensor:
-    return _run(x)
+def _run(x, save=False):
+    (y,), N = _fake(x), x.shape[-1] // 2
+    _forward[(y.numel() // N, triton.cdiv(N, BLOCK))](x.contiguous(), y, N, BLOCK)
+    return (y,)
 
 
-def _run(x: Tensor) -> Tensor:
-    rows, N = x.shape[0], x.shape[1] // 2
-    y = x.new_empty(rows, N)
-    _forward[(rows, triton.cdiv(N, BLOCK))](x, y, N, BLOCK)
-    return y
+def _run_backward(x, dy, y=None):
+    dx, N = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[-1] // 2
+    rows = x.numel() // (2 * N)
+    _backward[(rows, triton.cdiv(N, BLOCK))](x.contiguous(), dy.contiguous(), dx, y, N, BLOCK)
+    return (dx,)
 
 
-@torch.library.custom_op("riverrun::swiglu_gpu_backward", mutates_args=(), device_types=DEVICE)
-def _gradient(x: Tensor, dy: Tensor) -> Tensor:
-    return _run_backward(x, dy, None)
+def _fake(x, *others):
+    return (x.new_empty(1, *x.shape[:-1], x.shape[-1] // 2),)
 
 
-def _run_backward(x: Tensor, dy: Tensor, y: Tensor | None) -> Tensor:
-    dx, N = torch.empty_like(x), dy.shape[1]
-    _backward[(x.shape[0], triton.cdiv(N, BLOCK))](x, dy, dx, y, N, BLOCK)
-    return dx
-
-
-@_swiglu.register_fake
-def _(x):
-    return x.new_empty(x.shape[0], x.shape[1] // 2)
-
-
-@_gradient.register_fake
-def _(x, dy):
-    return torch.empty_like(x)
-
-
-_swiglu.register_autograd(
-    lambda ctx, dy: _gradient(*ctx.saved_tensors, dy.contiguous()),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+_swiglu = define("swiglu_gpu", "Tensor x", 1, None, DEVICE, _run, _run_backward, _fake)
 
 
 def refuses(x: Tensor) -> str | None:
@@ -88,22 +71,17 @@ def refuses(x: Tensor) -> str | None:
     return "it computes in float32, and x is float64" if x.dtype == torch.float64 else None
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
 def call(x: Tensor) -> Tensor:
     """(..., 2 N) -> (1, ..., N), differentiable."""
     if why := refuses(x):
         raise ValueError(f"swiglu: {why}")
-    return _swiglu(_rows(x)).view(1, *x.shape[:-1], -1)
+    return _swiglu(x)[0]
 
 
 def make(x: Tensor) -> Tensor:
-    return _run(_rows(x)).view(1, *x.shape[:-1], -1)
+    return _run(x)[0]
 
 
 def unmake(x: Tensor, d: Tensor) -> tuple[Tensor]:
     """The gradient of x; d, without gaps, is dy before and y after."""
-    d = d.view(-1, d.shape[-1])
-    return (_run_backward(_rows(x), d, d).view(x.shape),)
+    return _run_backward(x, d, d)

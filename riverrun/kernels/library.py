@@ -22,8 +22,8 @@ _library = torch.library.Library("riverrun", "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may see operators in their own way
 
 NO_SECOND = (
-    "riverrun::{name}: compiled kernels have no second derivative. Run the op with impl='sequential' or its "
-    "parallel PyTorch form (inside `riverrun.ops.forced(...)`) where you need one"
+    "riverrun::{name}: compiled kernels have no second derivative. Where you need one, run the op with "
+    "impl='sequential' or its parallel PyTorch form (inside `riverrun.ops.forced(...)`), and layers in float64"
 )
 
 

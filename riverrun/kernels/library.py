@@ -23,7 +23,7 @@ PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may see operators in their ow
 
 NO_SECOND = (
     "riverrun::{name}: compiled kernels have no second derivative. Where you need one, run the op with "
-    "impl='sequential' or its parallel PyTorch form (inside `riverrun.ops.forced(...)`), and layers in float64"
+    "impl='sequential' or its parallel PyTorch form (inside `riverrun.ops.forced(...)`), layers in float64"
 )
 
 

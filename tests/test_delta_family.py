@@ -181,6 +181,13 @@ def test_kda_with_a_bounded_gate_against_transformers():
     g.check(build("kda", g.x.shape[-1], **g.args), *DELTA["kda"](g))
 
 
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet", "comba"])
+def test_compiles_by_chunks(name):
+    """As GPUs run float64. PyTorch expects softplus's gradient to lie as its input does, and not as it does."""
+    with ops.forced(delta="chunk", short_conv="shift"):
+        LAWS["compiles"](lambda: build(name, WIDTH, **MIXERS[name].small).double(), MIXERS[name])
+
+
 @pytest.mark.parametrize("law", ["split", "trained", "half", "extremes"])
 def test_laws_of_kda_with_a_bounded_gate(law):
     LAWS[law](lambda: build("kda", WIDTH, **MIXERS["kda"].small, lower_bound=-5.0), MIXERS["kda"])

@@ -64,9 +64,11 @@ class KDA(nn.Module):
         qkv, f, z, b = parts(self.inp, x, self.sizes)
         qkv, past = self.conv(qkv, past, reset)
         q, k, v = (heads(p, self.num_heads) for p in qkv.chunk(3, -1))
-        f = heads(wide(self.decay(f)) + wide(self.dt_bias), self.num_heads)
-        rate = wide(self.log_rate).exp()[:, None]
-        g = -rate * F.softplus(f) if self.lower_bound is None else self.lower_bound * (rate * f).sigmoid()
+        f, rate = wide(self.decay(f)) + wide(self.dt_bias), wide(self.log_rate).exp()[:, None]
+        if self.lower_bound is None:  # all heads at once: traced, softplus takes its gradient for contiguous
+            g = -rate * heads(F.softplus(f), self.num_heads)
+        else:
+            g = self.lower_bound * (rate * heads(f, self.num_heads)).sigmoid()
         beta = write_strength(b, self.negative_eigenvalues)
         y, S = ops.delta(unit(q) * self.key_width**-0.5, unit(k), v, beta, g, state=S, reset=reset)
         return self.out(self.norm(y).flatten(2) * self.gate(z).sigmoid()), (S, past)

@@ -46,15 +46,19 @@ ROWS = [
     ("short_conv", "bias", CHANNELS),
     *((op, "bias", CHANNELS) for op in ("elman", "lstm", "gru", "slstm")),
 ]
-# one op of each set of kernels, and those that share them
+# an op and form of each set of kernels that compile together
 FAMILIES = {
-    "delta": "outer, delta, dplr",
-    "mlstm": "mlstm",
-    "diagonal": "diagonal",
-    "selective": "selective",
-    "softmax": "softmax",
-    "short_conv": "short_conv",
-    "lstm": "elman, lstm, gru, slstm",
+    ("outer", "head"): "outer, a decay a head or none",
+    ("delta", "head"): "delta, the same",
+    ("outer", "key"): "outer, a decay a key",
+    ("delta", "key"): "delta, a decay a key",
+    ("dplr", "key"): "dplr",
+    ("mlstm", "head"): "mlstm",
+    ("diagonal", "real"): "diagonal",
+    ("selective", "real"): "selective",
+    ("softmax", "head"): "softmax",
+    ("short_conv", "bias"): "short_conv",
+    ("lstm", "bias"): "elman, lstm, gru, slstm",
 }
 HEAD = (
     "| op | form | (B, T, H, K or P, D) | impl | forward ms | ratio | forward + backward ms | ratio | MiB |\n"
@@ -132,8 +136,9 @@ def rows(op: str, form: str, size: Size, seconds: float) -> list[str]:
 
 def first_calls(names: list[str]) -> list[str]:
     table = ["| op | first call, cold s | from disk cache s |", "|---|---|---|"]
-    for op in (name for name in names if name in FAMILIES):
-        form = next(f for o, f, _ in ROWS if o == op)
+    for (op, form), family in FAMILIES.items():
+        if op not in names:
+            continue
         command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--first", op, form]
         with tempfile.TemporaryDirectory() as cache:
             environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
@@ -141,7 +146,7 @@ def first_calls(names: list[str]) -> list[str]:
                 float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
                 for _ in range(2)
             )
-        table.append(f"| {FAMILIES[op]} | {cold:.1f} | {warm:.2f} |")
+        table.append(f"| {family} | {cold:.1f} | {warm:.2f} |")
     return table
 
 

@@ -183,7 +183,7 @@ def test_kda_with_a_bounded_gate_against_transformers():
 
 @pytest.mark.parametrize("name", ["kda", "gated_deltanet", "comba"])
 def test_compiles_by_chunks(name):
-    """As GPUs run float64. PyTorch expects softplus's gradient to lie as its input does, and not as it does."""
+    """As GPUs run float64. PyTorch, tracing, takes softplus's gradient to lie in memory as its input does."""
     with ops.forced(delta="chunk", short_conv="shift"):
         LAWS["compiles"](lambda: build(name, WIDTH, **MIXERS[name].small).double(), MIXERS[name])
 

@@ -1,6 +1,7 @@
 """Kernels on several threads: each part is done once, as one thread does it, wherever threads come from."""
 
 import os
+import signal
 
 import numba
 import numpy as np
@@ -85,6 +86,7 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not(several):
     threads.in_threads(marks, 2, out.numpy(), *given)
     child = os.fork()
     if not child:
+        signal.alarm(30)  # ends a child that waits for ever
         threads.in_threads(marks, 2, out.numpy(), *given)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0

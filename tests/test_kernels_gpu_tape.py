@@ -12,6 +12,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from test_kernels_gpu_matrix import BACKWARD, DEVICE, FORMS, FORWARD, inputs, states  # noqa: E402
 
+from riverrun.kernels.gpu import launch as launching  # noqa: E402
 from riverrun.kernels.gpu.launch import recording  # noqa: E402
 from riverrun.kernels.gpu.tape import repeated  # noqa: E402
 
@@ -118,3 +119,30 @@ def test_kinds():
     for x in (base[:8], base[:9], base[:8].double(), base[:16:2], base[1:9]) * 3:
         same(call(x), (x.contiguous() + 1,))
     assert len(calls) == 10
+
+
+def test_kernels_of_a_call_are_compiled_at_once(monkeypatch):
+    """Each group that shares a setting together, before anything is launched; one alone is not worth it."""
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            raise AssertionError("launched")
+
+        def run(self, *args, grid, warmup, **options):
+            seen.append((args[1:], warmup, options["num_warps"], os.environ.get("DISABLE_MMA_V3")))
+
+    def call(x, *others):
+        for wgmma, numbers in ((True, range(2)), (False, range(others[0]))):
+            for n in numbers:
+                launching.launch(Kernel(), (1,), (x,), (n,), 4, wgmma=wgmma)
+
+    monkeypatch.setattr(launching, "DEVICE", "cuda")
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
+    launching.compile_together(call, (torch.ones(1), 3))
+    fast, plain = [((n,), True, 4, None) for n in range(2)], [((n,), True, 4, "1") for n in range(3)]
+    assert seen == fast + plain and recording.waiting is None
+    seen.clear()
+    launching.compile_together(call, (torch.ones(1), 1))
+    assert seen == fast

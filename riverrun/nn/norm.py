@@ -13,7 +13,7 @@ from riverrun.ops import gpu, is_forced
 from .shape import wide
 
 Bonus = tuple[Tensor, Tensor, Tensor, Tensor]
-LARGE = 1 << 24  # numbers from which a GPU takes longer than Python's call of our kernel, 0.1 ms
+LARGE = 1 << 24  # numbers of training steps in which a GPU was busier than Python (benchmarks/NOTES.md)
 SMALL = 16384  # numbers for which PyTorch's operators are as fast as a call of a kernel
 
 

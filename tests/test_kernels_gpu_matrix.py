@@ -28,8 +28,8 @@ from triton.runtime import interpreter  # noqa: E402
 
 from riverrun.kernels.gpu import delta as gpu_delta  # noqa: E402
 from riverrun.kernels.gpu import dplr as gpu_dplr  # noqa: E402
+from riverrun.kernels.gpu import memory, plan, step  # noqa: E402
 from riverrun.kernels.gpu import outer as gpu_outer  # noqa: E402
-from riverrun.kernels.gpu import plan, step  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -171,6 +171,15 @@ def test_parts(form, reset, monkeypatch):
     """Time cut into parts that are walked at the same time."""
     monkeypatch.setattr(plan.Inputs, "parts", property(lambda self: 3))
     compare(form, T=150, reset=reset, V=20)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("form", ["delta", "delta-head", "delta-key", "dplr"])
+def test_carried_values(form, parts, monkeypatch):
+    """Values a chunk ahead of the walk in registers, as where tiles fill shared memory."""
+    monkeypatch.setattr(memory, "ahead", lambda x, BV, all: (1, True))
+    monkeypatch.setattr(plan.Inputs, "parts", property(lambda self: parts))
+    compare(form, T=150, reset=True, V=20)
 
 
 @pytest.mark.parametrize("form", FORMS)

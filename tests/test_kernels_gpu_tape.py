@@ -12,9 +12,12 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from test_kernels_gpu_matrix import BACKWARD, DEVICE, FORMS, FORWARD, inputs, states  # noqa: E402
 
+from riverrun.kernels.gpu import delta, dplr, outer, tape  # noqa: E402
 from riverrun.kernels.gpu import launch as launching  # noqa: E402
 from riverrun.kernels.gpu.launch import recording  # noqa: E402
 from riverrun.kernels.gpu.tape import repeated  # noqa: E402
+
+OPS = {"outer": outer._outer, "mlstm": outer._mlstm, "delta": delta._delta, "dplr": dplr._dplr}
 
 
 def counted(function):
@@ -140,9 +143,29 @@ def test_kernels_of_a_call_are_compiled_at_once(monkeypatch):
     monkeypatch.setattr(launching, "DEVICE", "cuda")
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
-    launching.compile_together(call, (torch.ones(1), 3))
+    launching.compile_together((call, (torch.ones(1), 3)))
     fast, plain = [((n,), True, 4, None) for n in range(2)], [((n,), True, 4, "1") for n in range(3)]
     assert seen == fast + plain and recording.waiting is None
     seen.clear()
-    launching.compile_together(call, (torch.ones(1), 1))
+    launching.compile_together((call, (torch.ones(1), 1)))
     assert seen == fast
+    seen.clear()
+    launching.compile_together((call, (torch.ones(1), 1)), (call, (torch.ones(1), 2)))
+    assert seen == fast + fast + plain[:1] + plain[:2]  # of several calls together
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_backward_is_compiled_with_its_forward(form, monkeypatch):
+    """The first call that saves compiles for its backward, too: for just what that is then given."""
+    seen = []
+    monkeypatch.setattr(tape, "compile_together", lambda *calls: seen.append(calls))
+    monkeypatch.setattr(tape, "_kept", {})
+    monkeypatch.setattr(tape, "_compiled", set())
+    args = given(form, 0, True, False)
+    OPS[form.split("-")[0]](*args)
+    assert len(seen) == 1 and len(seen[0]) == 1
+    seen.clear()
+    floats = [None if x is None else x.requires_grad_(x.is_floating_point()) for x in args]
+    OPS[form.split("-")[0]](*floats)[0].sum().backward()
+    (_, (function, promised)), ((other, found),) = seen
+    assert function is other and [tape.sizes(x) for x in promised] == [tape.sizes(x) for x in found]

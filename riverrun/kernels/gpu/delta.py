@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from riverrun.kernels.library import define
-
 from . import memory, step
 from .outer import fake_pairs, fake_state, like
 from .plan import Inputs
-from .tape import repeated
+from .tape import define
 
 
 def _forward(q, k, v, beta, g, state, reset, save):
@@ -37,7 +35,7 @@ def _fake(q, k, v, beta, g, state, reset, save):
 
 _delta = define(
     "delta_gpu", "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? reset",
-    2, 2, "cuda", repeated(_forward), repeated(_backward), _fake,
+    2, 2, _forward, _backward, _fake,
 )  # fmt: skip
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from riverrun.kernels.library import define
-
 from . import memory, step
 from .outer import fake_pairs, fake_state, like
 from .plan import Inputs
-from .tape import repeated
+from .tape import define
 
 
 def _forward(q, k, v, g, a, b, state, reset, save):
@@ -38,7 +36,7 @@ def _fake(q, k, v, g, a, b, state, reset, save):
 _dplr = define(
     "dplr_gpu",
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor a, Tensor b, Tensor? state, Tensor? reset",
-    2, 4, "cuda", repeated(_forward), repeated(_backward), _fake,
+    2, 4, _forward, _backward, _fake,
 )  # fmt: skip
 
 

@@ -95,13 +95,14 @@ def launch(
         tape.launched(lambda stream, values: call(*blocks, stream, *before, *values, *constants), args)
 
 
-def compile_together(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Compile what function(*args) would launch, all kernels at the same time; none of them runs."""
+def compile_together(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+    """Compile what these functions of these arguments would launch, all at the same time; nothing runs."""
     if DEVICE == "cpu":
         return
     recording.waiting = waiting = []
     try:
-        function(*args)
+        for function, args in calls:
+            function(*args)
     finally:
         recording.waiting = None
     for fast in (True, False):  # one setting of `instructions` at a time

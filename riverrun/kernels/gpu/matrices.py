@@ -127,14 +127,15 @@ def pairs(
         over = tl.full((BK,), 1.0, tl.float32)
         if q_in is not None:
             over = 1.0 / tl.load(ends + N * K + cols, mask=cols < K, other=1.0)
-        q_ = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, True)
-        k_ = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, False)
+        # writers are moved to the readers' anchor: there are more readers, which products take as they lie
+        q_ = operand(q, q_in, over, batch, T, h, start, cols, H, R, K, C, False)
+        k_ = operand(k, k_out, over, batch, T, h, start, cols, H, R, K, C, True)
         a_, b_ = q_, k_
         if RULE == "delta":
-            b_ = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, True)
+            b_ = operand(k, b_in, over, batch, T, h, start, cols, H, R, K, C, False)
         if RULE == "dplr":
-            a_ = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, False)
-            b_ = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, True)
+            a_ = operand(a, a_out, over, batch, T, h, start, cols, H, 1, K, C, True)
+            b_ = operand(b, b_in, over, batch, T, h, start, cols, H, 1, K, C, False)
         if SHIFT == 1:
             uf = tl.load(u + h * K + cols, mask=cols < K, other=0.0).to(tl.float32)
             k_raw = heads(k, batch, T, h, start, cols, H, R, K, C)

@@ -40,6 +40,7 @@ from .launch import launch
 from .outputs import outputs
 from .plan import (
     Inputs,
+    ahead,
     gradient_registers,
     output_registers,
     output_values,
@@ -47,7 +48,6 @@ from .plan import (
     power,
     slice_of_keys,
     slice_of_values,
-    stages,
     sum_stages,
     warps,
 )
@@ -208,23 +208,25 @@ def launch_forward(x, made, p, S0, *, local=False, y=None, S1=None, keep=(None, 
     BV = x.BV if local else x.values(all)
     blocks = -(-(p.width if local else x.V) // BV)
     parts = p.count - 1 if local and not x.back else p.count  # only the backward asks for the last transition
+    stages, carry = ahead(x, BV, all)
     launch(
         walk.forward, (blocks, parts, x.B * x.H),
         (made.q, made.k, x.v, made.b_in, made.a_out, made.ends, x.strengths, x.G_sum, x.seg,
          made.A, made.Aa, made.Lk, made.W, S0, y, S1, *keep, x.T, p.chunks, p.count),
-        (x.H, made.group, x.K, x.V, x.BK, BV, x.C, x.rule, x.decay, local, p.width if local else x.V, x.CT,
-         x.prec),
-        warps(x), stages(x, BV, all), x.wgmma,
+        (x.H, made.group, x.K, x.V, x.BK, BV, x.C, x.rule, x.decay, local, p.width if local else x.V, carry,
+         x.CT, x.prec),
+        warps(x), stages, x.wgmma,
     )  # fmt: skip
 
 
 def launch_reverse(x, made, p, dy, dS1, *, local=False, dv=None, dx=None, dstates=None, dS0=None):
+    stages, carry = ahead(x, x.BV, True)
     launch(
         walk.reverse, (x.blocks, p.count - local, x.B * x.H),
         (made.q, made.k, made.b_in, made.a_out, made.ends, x.strengths, x.G_sum, x.seg,
          made.A, made.Aa, made.Lk, made.W, dy, dS1, dv, dx, dstates, dS0, x.T, p.chunks, p.count),
-        (x.H, made.group, x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local, x.CT, x.prec),
-        warps(x), stages(x, x.BV, True), x.wgmma,
+        (x.H, made.group, x.K, x.V, x.BK, x.BV, x.C, x.rule, x.decay, local, carry, x.CT, x.prec),
+        warps(x), stages, x.wgmma,
     )  # fmt: skip
 
 

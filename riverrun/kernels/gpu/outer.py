@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from riverrun.kernels.library import define
-
 from . import memory, step
 from .launch import launch
 from .plan import Inputs, length, power
-from .tape import repeated
+from .tape import define
 
 
 def _forward(q, k, v, g, u, state, reset, save):
@@ -54,7 +52,7 @@ def _fake(q, k, v, g, u, state, reset, save):
 
 _outer = define(
     "outer_gpu", "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? u, Tensor? state, Tensor? reset",
-    2, 1, "cuda", repeated(_forward), repeated(_backward), _fake,
+    2, 1, _forward, _backward, _fake,
 )  # fmt: skip
 
 
@@ -195,7 +193,7 @@ def _mlstm_fake(q, k, v, f, i, S, n, m, reset, save):
 _mlstm = define(
     "mlstm_gpu",
     "Tensor q, Tensor k, Tensor v, Tensor f, Tensor i, Tensor? S, Tensor? n, Tensor? m, Tensor? reset",
-    4, 4, "cuda", repeated(_mlstm_forward), repeated(_mlstm_backward), _mlstm_fake,
+    4, 4, _mlstm_forward, _mlstm_backward, _mlstm_fake,
 )  # fmt: skip
 
 

@@ -83,10 +83,10 @@ class Inputs:
 
     def values(self, all: bool) -> int:
         """What registers and shared memory hold beside K keys, fewer where every program still has a
-        multiprocessor for itself; `all` as in `stages`."""
+        multiprocessor for itself; `all` as in `ahead`."""
         most = 64 if self.BK <= 128 and self.half else 32 if self.BK <= 128 or self.half else 16
         few = self.B * self.H * self.V * self.parts <= 32 * processors(self.v.device)
-        if self.rule != "outer" and (few or stages(self, most, all) < 2):
+        if self.rule != "outer" and (few or ahead(self, most, all)[0] < 2):
             most = min(most, 32)
         return min(most, max(self.least[1], power(self.V)))
 
@@ -197,19 +197,28 @@ def slice_of_values(x: Inputs) -> int:
 SHARED = 226 * 1024  # bytes of shared memory that tiles of a program may take
 
 
-def stages(x: Inputs, BV: int, all: bool) -> int:
-    """Chunks of which a walk of BV values has tiles at once: `all` tiles, or those that states need.
+def ahead(x: Inputs, BV: int, all: bool) -> tuple[int, bool]:
+    """Chunks of which a walk of BV values has tiles at once, `all` tiles or those that states need; and
+    whether its values are not among them but carried, in registers.
 
     Triton asks for tiles when it is done with a chunk. With two stages that is the next one, for which the
-    walk then waits; with three the one after it.
+    walk then waits; with three the one after it. Values that are carried are waited for by the first fence
+    before a product, so only those are that leave room for a stage or, with decays per head, keep registers
+    from spilling.
     """
     if not x.half or x.BK > 128:
-        return 1
+        return 1, False
     keys, pairs = (4, 4) if x.rule == "dplr" else (3 if x.decay == 2 else 2, 2)
     if not all:
         keys, pairs = keys - 1, pairs // 2
-    chunk, state = 2 * x.C * (keys * x.BK + pairs * x.C + BV), 2 * (x.BK + x.C) * BV
-    return min(3 if x.wgmma else 2, (SHARED - state) // chunk)
+
+    def fit(copied: int) -> int:
+        chunk = 2 * x.C * (keys * x.BK + pairs * x.C + copied) + (4 * x.BK if x.decay == 2 else 0)
+        state = 2 * BV * (x.BK + (1 if copied else 2) * x.C)
+        return min(3 if x.wgmma else 2, (SHARED - state) // chunk)
+
+    carry = fit(0) > fit(BV) or (all and x.decay == 1 and x.BK > 64)
+    return fit(0 if carry else BV), carry
 
 
 def sum_stages(x: Inputs) -> int:

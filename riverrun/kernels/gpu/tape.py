@@ -5,7 +5,8 @@ made, kernels looked up. All of it depends on dtypes, shapes, strides and alignm
 with arguments of one kind is recorded, every operator of PyTorch and every `launch` in order, and calls after
 it go through that list with their own tensors' addresses. A tensor is let go where it was last used.
 
-The first call of a kind whose kernels there are not yet compiles all of them at once.
+The first call of a kind whose kernels there are not yet compiles all of them at once, and with them those of
+the backward that will follow.
 
 What is recorded must launch by `launch.launch` alone, and must not look at numbers: a call that reads one is
 never repeated.
@@ -23,12 +24,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from riverrun.kernels import library
+
 from .launch import DEVICE, compile_together, recording
 
 KINDS = 1024  # of functions' arguments that are remembered
 EMPTY = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided"}
 
 Step = Callable[[list[Any], list[Any], Any], None]  # of tensors, addresses, both by place, and a stream
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 _kept: dict[tuple[Any, ...], Any] = {}  # None where arguments of the kind were seen once
 _compiled: set[tuple[Any, ...]] = set()  # `sizes` of calls whose kernels there are
@@ -176,8 +180,13 @@ def sizes(x: Any) -> Any:
     return (x.shape[2:], x.dtype) if isinstance(x, Tensor) else x
 
 
-def repeated(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """`function` of tensors, None and flags, recorded at the second call with arguments of one kind."""
+def repeated(
+    function: Callable[..., tuple[Any, ...]], following: Callable[..., list[Call]] = lambda *args: []
+) -> Callable[..., tuple[Any, ...]]:
+    """`function` of tensors, None and flags, recorded at the second call with arguments of one kind.
+
+    `following(*args)` are calls of other functions whose kernels this one's first call compiles as well.
+    """
 
     @wraps(function)
     def call(*args: Any) -> tuple[Any, ...]:
@@ -197,8 +206,26 @@ def repeated(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
         family = (function, device, *map(sizes, args))
         if family not in _compiled:
             _compiled.add(family)
-            compile_together(function, args)
+            compile_together((function, args), *following(*args))
         _kept[key] = None
         return function(*args)
 
     return call
+
+
+def define(
+    name: str, inputs: str, outputs: int, saved: int, forward: Callable[..., Any],
+    backward: Callable[..., Any], fake: Callable[..., tuple[Any, ...]],
+) -> Callable[..., tuple[Any, ...]]:  # fmt: skip
+    """`library.define` on CUDA with `repeated` calls."""
+
+    def following(*args: Any) -> list[Call]:
+        """If anything is saved, the backward that this will lead to, of the first output alone."""
+        if not args[-1]:
+            return []
+        made = fake(*args)
+        return [(backward, (*args[:-1], *made, torch.empty_like(made[0]), *[None] * (outputs - 1)))]
+
+    return library.define(
+        name, inputs, outputs, saved, "cuda", repeated(forward, following), repeated(backward), fake
+    )

@@ -10,7 +10,7 @@ Equations: `memory.py`.
 import triton
 import triton.language as tl
 
-from .chunk import block, put, put_block, rates, row, square, tile, vector
+from .chunk import block, copied_ahead, put, put_block, rates, row, square, tile, vector
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def forward(
     q, k, v, b_in, a_out, ends, strengths, G, seg, A, Aa, Lk, W, S0, y, S1, states, errors, T, CHUNKS, PARTS,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
-    CT: tl.constexpr, PREC: tl.constexpr,
+    CARRY: tl.constexpr, CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """delta and dplr. With decays per key q and k come with them multiplied in, as b_in (for delta
     k's) and a_out do (see `matrices.fading`).
@@ -96,7 +96,7 @@ def forward(
     Grid (value blocks, parts of CHUNKS chunks, B·H). Optional outputs are None. LOCAL walks a part from
     zero and writes its final state (K, WIDTH) to S1; columns past the values' blocks start as the identity
     and write nothing, so that they end as the part's transition. Otherwise part s of PARTS starts from S0[s]
-    and the last one writes S1.
+    and the last one writes S1. CARRY: values wait in registers, not in shared memory, for their chunk.
     """
     pv, ps, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     count = tl.cdiv(T, C)
@@ -112,18 +112,26 @@ def forward(
         S = tl.where(rows[:, None] == cols[None, :] - (WIDTH - K), 1.0, 0.0)
     elif S0 is not None:
         S = block(S0, here, rows, cols, K, V)
+    if CARRY:
+        v_ = tile(v + values, batch * 0 + ps * CHUNKS * C, T, cols, V, H * V, C)
     for step in range(0, tl.minimum(CHUNKS, count - ps * CHUNKS)):
         n = ps * CHUNKS + step
         start, N = batch * 0 + n * C, bh * count + n
         if states is not None:
             put_block(states, S, N, rows, cols, True, K, V)
         k_ = tile(k + group, start, T, rows, K, GH * K, C).to(CT)
-        v_ = tile(v + values, start, T, cols, V, H * V, C)
+        if CARRY:
+            next_v = tile(v + values, start + C, T, cols, V, H * V, C)
+        else:
+            v_ = tile(v + values, start, T, cols, V, H * V, C)
         Sc = S.to(CT)
         read, reach, leave, through = rates(G, None, None, seg, N, start, T, C, DECAY, 0)
         factor = tl.zeros((BK,), tl.float32) + through
         if DECAY == 2:
-            factor *= tl.load(ends + N * K + rows, mask=rows < K, other=0.0)
+            decay = tl.load(ends + N * K + rows, mask=rows < K, other=0.0)
+            factor *= decay
+            if RULE == "delta":
+                Sc = copied_ahead(S, decay).to(CT)
         # what is written: e, and for dplr also w, what b removed
         if RULE == "delta":
             reader = tile(b_in + wide, start, T, rows, K, H * K, C).to(CT) if DECAY == 2 else k_
@@ -151,6 +159,8 @@ def forward(
         if RULE == "dplr":
             a_ = tile(a_out + wide, start, T, rows, K, H * K, C).to(CT)
             S += tl.dot(tl.trans(a_), (w * leave[:, None]).to(CT), input_precision=PREC)
+        if CARRY:
+            v_ = next_v
     if LOCAL:
         put_block(S1, S, here, rows, cols, True, K, WIDTH)
     elif S1 is not None:
@@ -161,8 +171,8 @@ def forward(
 def reverse(
     q, k, b_in, a_out, ends, strengths, G, seg, A, Aa, Lk, W, dy, dS1, dv, dx, dstates, dS0, T, CHUNKS, PARTS,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, CT: tl.constexpr,
-    PREC: tl.constexpr,
+    C: tl.constexpr, RULE: tl.constexpr, DECAY: tl.constexpr, LOCAL: tl.constexpr, CARRY: tl.constexpr,
+    CT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Grid as `forward`. dstates[n] is the gradient of the state after chunk n. LOCAL: from zero, every part
     but the first, only dS0 written."""
@@ -179,18 +189,26 @@ def reverse(
     if dS1 is not None:
         S = block(dS1, here, rows, cols, K, V)
     chunks = tl.minimum(CHUNKS, count - ps * CHUNKS)
+    if CARRY:
+        dy_ = tile(dy + values, batch * 0 + (ps * CHUNKS + chunks - 1) * C, T, cols, V, H * V, C).to(CT)
     for step in range(0, chunks):
         n = ps * CHUNKS + chunks - 1 - step
         start, N = batch * 0 + n * C, bh * count + n
         if dstates is not None:
             put_block(dstates, S, N, rows, cols, True, K, V)
         q_ = tile(q + group, start, T, rows, K, GH * K, C).to(CT)
-        dy_ = tile(dy + values, start, T, cols, V, H * V, C).to(CT)
+        if CARRY:
+            next_dy = tile(dy + values, tl.maximum(start - C, 0), T, cols, V, H * V, C).to(CT)
+        else:
+            dy_ = tile(dy + values, start, T, cols, V, H * V, C).to(CT)
         read, reach, leave, through = rates(G, None, None, seg, N, start, T, C, DECAY, 0)
         factor = tl.zeros((BK,), tl.float32) + through
         if DECAY == 2:
-            factor *= tl.load(ends + N * K + rows, mask=rows < K, other=0.0)
+            decay = tl.load(ends + N * K + rows, mask=rows < K, other=0.0)
+            factor *= decay
         Sc = S.to(CT)
+        if DECAY == 2 and RULE == "delta" and LOCAL:  # with outputs it takes more registers than there are
+            Sc = copied_ahead(S, decay).to(CT)
         k_ = tile(k + group, start, T, rows, K, GH * K, C).to(CT)
         de = tl.dot(k_, Sc, input_precision=PREC) * leave[:, None]
         de += tl.dot(tl.trans(tl.load(square(A, N, C))).to(CT), dy_, input_precision=PREC)
@@ -216,6 +234,8 @@ def reverse(
         else:
             b_ = tile(b_in + wide, start, T, rows, K, H * K, C).to(CT)
             S += tl.dot(tl.trans(b_), (x * reach[:, None]).to(CT), input_precision=PREC)
+        if CARRY:
+            dy_ = next_dy
     if dS0 is not None:
         put_block(dS0, S, here if LOCAL else bh, rows, cols, LOCAL or ps == 0, K, V)
 

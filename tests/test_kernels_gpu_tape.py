@@ -1,6 +1,8 @@
 """Recorded calls of Triton's matrix memories give the bits of plain ones, whatever they are given next."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,6 +115,23 @@ def test_what_cannot_be_repeated():
             x = torch.full((3,), n + 1.0, device=DEVICE)
             same(call(x), function(x))
         assert len(calls) == 4
+
+
+LOADED = """
+import sys, torch
+from riverrun.kernels.gpu.tape import repeated
+call = repeated(lambda x: (x + 1,))
+for n in range(3):
+    assert call(torch.full((2,), 1.0 * n, device="{device}"))[0][0] == n + 1
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_recording_loads_no_compiler():
+    """PyTorch's takes seconds, and is what a mode loads unless it says that it need not."""
+    code = LOADED.format(device=DEVICE)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 def test_kinds():

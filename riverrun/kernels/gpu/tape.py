@@ -51,6 +51,11 @@ class Tape(TorchDispatchMode):
         self.steps: list[Step] = []
         self.whole = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Asked by PyTorch, which else loads its compiler for this: two to six seconds."""
+        return False
+
     def __enter__(self) -> Tape:
         recording.tape = self
         return super().__enter__()

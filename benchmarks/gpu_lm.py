@@ -6,9 +6,9 @@
 Models of 110 to 125 million weights: 12 layers of width 768, vocabulary 32,768, bfloat16, random weights and
 tokens. A training step is forward, cross entropy, backward and fused AdamW over 65,536 tokens, as 16
 sequences of 4,096 or 2 of 32,768; its time is the median of CUDA-event timings, its memory the peak with
-weights and optimizer. Decoding takes the likeliest token of each sequence 2,048 times: stacks with a constant
-state by replayed CUDA graphs, attention's growing cache step by step and for `--seconds` at most. Prompts are
-read before, in pieces through the state; memory is the peak while decoding, with the weights.
+weights and optimizer. Decoding takes the likeliest token of each sequence 2,048 times, by replayed CUDA
+graphs, which attention's growing cache has recorded anew after every 1,024. Prompts are read before, in
+pieces through the state; memory is the peak while decoding, with the weights.
 
 Everything is first run with one layer (as few as a pattern has), all stacks at once in processes of their
 own, for `--waiting` seconds at most, so that what is timed afterwards, in one process and one after another,
@@ -160,7 +160,7 @@ def decoding(model: LanguageModel, batch: int, prompt: int, seconds: float) -> t
         return logits[:, -1].argmax(-1, keepdim=True), state
 
     token = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
-    run = Replay(step, state) if refusal(model) is None else None
+    run = Replay(step, state, model) if refusal(model) is None else None
     if run is not None:
         state = None  # its memory is free: the replayed steps have a copy
         token = run(token)
@@ -245,7 +245,7 @@ def train_rows(stacks: list[str], peers: bool, seconds: float) -> Iterator[str]:
 
 
 def cache_gib(stack: str, tokens: int) -> float:
-    """What attention's caches take, twice: they double when they are full."""
+    """What attention's caches take, twice: they double when they are full, and are copied to have room."""
     layers = STACKS[stack].count("attention") * (DEPTH if stack == "attention" else DEPTH // 4)
     return 2 * layers * tokens * 2 * WIDTH * 2 / 2**30
 
@@ -293,7 +293,7 @@ def report(stacks: list[str], peers: bool, quick: bool, seconds: float, configs:
     yield "\n## Decoding\n"
     yield from decode_rows(stacks, quick, seconds)
     yield "\nGeneration of one text with sampling, tokens a second, replayed / step by step:\n"
-    for stack in (s for s in stacks if s not in ("attention", "hybrid")):
+    for stack in stacks:
         pair = [guarded(30, written, stack, graph) for graph in (True, False)]
         yield f"- {stack}: {' / '.join(f'{x:,.0f}' if isinstance(x, float) else x for x in pair)}"
 

@@ -9,11 +9,13 @@ import torch
 
 from riverrun import state as states
 from riverrun.data.tokens import ByteTokenizer
+from riverrun.inference import graph
 from riverrun.inference.decoding import Generation, Limits
 from riverrun.inference.graph import Replay, owned
 from riverrun.inference.sampling import Sampling
 from riverrun.mixers import MIXERS, build
 from riverrun.models.language import LanguageConfig, LanguageModel
+from riverrun.ops import gpu
 from riverrun.state import leaves, tree_map
 from riverrun.testing import laws, tolerance
 
@@ -100,22 +102,32 @@ def test_cpu_and_gpu_agree(name, record_property):
 
 
 @pytest.mark.parametrize("name", [n for n, row in MIXERS.items() if row.causal and row.state != "none"])
-def test_replayed_steps_are_the_steps(name):
-    """The same bits as the steps themselves, in bfloat16, for longer than any chunk or window is."""
+def test_replayed_steps_are_the_steps(name, monkeypatch):
+    """The same bits as the steps themselves, in bfloat16, for longer than any chunk or window is.
+
+    A cache that grows is read by another kernel, which adds in another order: four roundings apart. It is
+    given more room on the way.
+    """
+    grows = MIXERS[name].state == "grows"
+    monkeypatch.setattr(graph, "ROOM", 16)
     net, x = mixer(name).to("cuda", torch.bfloat16), laws.inputs(60).to("cuda", torch.bfloat16)
     with torch.no_grad():
         _, state = net(x[:, :20])
         replay = Replay(net, state)
-        if MIXERS[name].state == "grows" or MIXERS[name].unrecorded:
+        if MIXERS[name].unrecorded:
             with pytest.raises(ValueError, match="cannot be recorded"):
                 replay(x[:, :1])
             return
         for t in range(20, 60):
             step = x[:, t : t + 1].contiguous()  # products of strided memory are summed in another order
             y, state = net(step, tree_map(owned, state))
-            assert torch.equal(replay(step), y), f"step {t}"
+            assert torch.equal(replay(step), y) or (grows and near(replay.y, y)), f"step {t}"
         for a, b in zip(leaves(replay.state), leaves(state), strict=True):
             assert a.device.type == "cpu" or torch.equal(a, b)
+
+
+def near(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm()) < 2**-6
 
 
 class Letters(ByteTokenizer):
@@ -134,29 +146,48 @@ def model(pattern):
     return made
 
 
-@pytest.mark.parametrize("pattern", ["gated_deltanet + sliding_window", "mamba2 + gla", "lstm + s5"])
+PATTERNS = ["gated_deltanet + sliding_window", "mamba2 + gla", "lstm + s5", "gated_deltanet + attention"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_generation_writes_what_it_would_without_graphs(pattern):
     """Sequences of unequal length that stop at unequal times, and a second run that goes on."""
     net, tokenizer = model(pattern), Letters()
     prompts, how = ["It is", "", "A truth universally acknowledged"], Sampling(top_p=0.9)
     written = []
-    for graph in (True, False):
-        limits = Limits(40, stop=("a", "b"), graph=graph)
+    for recorded in (True, False):
+        limits = Limits(40, stop=("a", "b"), graph=recorded)
         first = Generation(net, tokenizer, prompts, limits, how, seeds=[1, 2, 3])
         texts = ["".join(t) for t in zip(*first, strict=True)]
         again = Generation(net, tokenizer, ["x", "y", "z"], limits, how, resume=first.sequences)
         written.append(
             (texts, ["".join(t) for t in zip(*again, strict=True)], [s.read for s in again.sequences])
         )
-        assert first.recorded == graph
+        assert first.recorded == recorded
     assert written[0] == written[1]
 
 
-def test_what_grows_is_not_recorded_and_says_so():
-    net = model("mamba2 + attention")
-    with pytest.raises(ValueError, match="attention grows with every token"):
-        Generation(net, Letters(), [""], Limits(1, graph=True))
-    assert not Generation(net, Letters(), [""], Limits(1)).recorded
+def test_attention_reads_a_cache_with_room():
+    """In float32, whatever is the group, the width, the start, the part that counts and the room."""
+    make = torch.Generator("cuda").manual_seed(0)
+    for B, H, G, K, n in (
+        (1, 12, 12, 64, 70_000),
+        (2, 8, 2, 128, 3000),
+        (3, 3, 3, 20, 200),
+        (70, 2, 1, 256, 65),
+    ):
+        for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
+            q = torch.randn(B, H, K, device="cuda", generator=make).to(dtype)
+            kv = torch.randn(B, 2 * G, n, K, device="cuda", generator=make).to(dtype)
+            filled = torch.randint(0, n, (B,), device="cuda", generator=make)
+            start = (torch.rand(B, device="cuda", generator=make) * (filled + 4)).long().clamp(max=filled) - 3
+            mask = torch.arange(n, device="cuda")
+            mask = (mask >= start[:, None]) & (mask <= filled[:, None])
+            k, v = (x.repeat_interleave(H // G, 1) for x in kv.double().chunk(2, 1))
+            true = (k @ q.double()[..., None])[..., 0] / K**0.5
+            true = true.masked_fill(~mask[:, None], -torch.inf).softmax(-1)[:, :, None] @ v
+            y = gpu.attend.attend(q, kv, start, filled.int()).double()
+            assert float((y - true[:, :, 0]).norm() / y.norm()) < bound, (B, H, G, K, n, dtype)
 
 
 def test_a_step_that_waits_for_the_gpu_is_refused():

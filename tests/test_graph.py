@@ -9,8 +9,9 @@ from riverrun.data.tokens import ByteTokenizer
 from riverrun.inference import graph
 from riverrun.inference.decoding import Generation, Limits
 from riverrun.inference.sampling import Sampling
+from riverrun.mixers.attention import Attention
 from riverrun.models.language import LanguageConfig, LanguageModel
-from riverrun.state import leaves
+from riverrun.state import describe, leaves
 
 
 def model(pattern="mingru"):
@@ -27,6 +28,8 @@ def test_a_model_on_a_cpu_is_run_step_by_step_and_refused_when_asked_for():
 def test_what_grows_or_waits_is_named(monkeypatch):
     monkeypatch.setattr(LanguageModel, "output", torch.empty(0, device="meta"))
     monkeypatch.setattr(graph, "on_gpu", lambda x: True)
+    assert graph.refusal(model("mingru + attention")) is None
+    monkeypatch.delattr(Attention, "room")
     assert "attention grows with every token" in graph.refusal(model("mingru + attention"))
     assert "mom: which memories" in graph.refusal(model("mom"))
     assert graph.refusal(model("mingru + sliding_window")) is None
@@ -58,18 +61,27 @@ def test_overwriting_reads_everything_before_it_writes(monkeypatch):
 class StandIn(graph.Replay):
     """A replay that runs its step again, in the memory and by the rules of a graph."""
 
+    records = 0
+
     def record(self, x):
         self.x, self.graph = x.clone(), self
+        StandIn.records += 1
 
     def replay(self):
-        self.y, after = self.step(self.x, self.state)
-        for mine, new in zip(leaves(self.state), leaves(after), strict=True):
+        self.y, after = self.step(self.x, self.held)
+        assert describe(self.held) == describe(after)
+        for mine, new in zip(leaves(self.held), leaves(after), strict=True):
             mine.copy_(new)
 
 
-@pytest.mark.parametrize("pattern", ["gated_deltanet + sliding_window", "mamba2 + lstm"])
-def test_a_state_that_is_overwritten_is_enough_for_generation(pattern):
-    """Sequences that stop at unequal times, and a second run that goes on, as without it; in float64."""
+@pytest.mark.parametrize(
+    "pattern", ["gated_deltanet + sliding_window", "mamba2 + lstm", "gated_deltanet + attention"]
+)
+def test_a_state_that_is_overwritten_is_enough_for_generation(pattern, monkeypatch):
+    """Sequences that stop at unequal times, and a second run that goes on, as without it; in float64. A cache
+    that grows has room for so few steps that it is given more several times."""
+    monkeypatch.setattr(graph, "ROOM", 7)
+    monkeypatch.setattr(StandIn, "records", 0)
     torch.manual_seed(0)
     config = LanguageConfig(ByteTokenizer().size, 16, depth=2, pattern=pattern, tied=False)
     net, written = LanguageModel(config).double(), []
@@ -82,3 +94,32 @@ def test_a_state_that_is_overwritten_is_enough_for_generation(pattern):
         again = Generation(net, ByteTokenizer(), ["x"] * 3, *given, resume=first.sequences, engine=engine)
         written.append((texts, ["".join(t) for t in zip(*again, strict=True)]))
     assert written[0] == written[1]
+    assert (StandIn.records > 6) == pattern.endswith("+ attention")
+
+
+@pytest.mark.parametrize("given", ["a model", "a mixer", "a step of a model"])
+def test_a_state_with_room_is_left_as_the_state_it_stands_for(given, monkeypatch):
+    """Read at any time it can be gone on with by itself, and what is then read changes no replay."""
+    monkeypatch.setattr(graph, "ROOM", 3)
+    torch.manual_seed(0)
+    net = model("attention + mingru").double()
+    whole = torch.randint(0, 256, (2, 20))
+    if given == "a mixer":
+        net = net.blocks[0].mixer
+        whole = torch.randn(2, 20, 8, dtype=torch.float64)
+    step = (lambda x, state: net(x, state)) if given == "a step of a model" else net
+    with torch.no_grad():
+        y, state = net(whole[:, :9])
+        replay = StandIn(step, state, net if given == "a step of a model" else None)
+        later = known = ()
+        for t in range(9, 20):
+            y = replay(whole[:, t : t + 1])
+            assert all(map(torch.equal, leaves(later), known))
+            expected, true = net(whole[:, : t + 1])
+            torch.testing.assert_close(y[:, 0], expected[:, -1])
+            kept = replay.state
+            for a, b in zip(leaves(kept), leaves(true), strict=True):
+                if a.is_floating_point():
+                    torch.testing.assert_close(a, b)
+            later = net(whole[:, :1], kept)[1]
+            known = [x.clone() for x in leaves(later)]

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 
 from riverrun import ops
 from riverrun.algorithms import shift
-from riverrun.kernels.gpu import conv, headnorm, rotary, swiglu
+from riverrun.kernels.gpu import attend, conv, headnorm, rotary, swiglu
 from riverrun.kernels.gpu import norm as gpu_norm
 from riverrun.kernels.gpu import removal as gpu_removal
 from riverrun.kernels.gpu import scaled as gpu_scaled
@@ -194,6 +194,26 @@ def test_scaled(dtype, bound):
     H, P = (3, 6) if DEVICE == "cpu" else (24, 64)
     run = lambda wider, s: scaled(wider[..., 2 : 2 + H * P].unflatten(-1, (H, P)), s)  # noqa: E731
     agree(run, (numbers(B, T, H * P + 4), numbers(B, T, H)), dtype, bound)
+
+
+@pytest.mark.parametrize("programs", [2, 200])
+@pytest.mark.parametrize(
+    "B, H, G, K, n",
+    [(2, 4, 2, 16, 300), (1, 3, 3, 20, 700), (3, 2, 1, 64, 64), (1, 5, 1, 8, 1), (1, 2, 1, 8, 9000)],
+)
+def test_attention_over_a_cache_of_which_some_counts(B, H, G, K, n, programs, monkeypatch):
+    monkeypatch.setattr(attend, "processors", lambda device: programs)
+    make = torch.Generator().manual_seed(0)
+    q, kv = (torch.randn(*s, generator=make).to(DEVICE) for s in ((B, H, K), (B, 2 * G, n, K)))
+    filled = torch.randint(n - n // 20 - 1, n, (B,), generator=make).to(DEVICE)
+    start = torch.randint(-3, n // 2 + 1, (B,), generator=make).to(DEVICE)
+    steps = torch.arange(n, device=DEVICE)
+    mask = (steps >= start[:, None]) & (steps <= filled[:, None])
+    k, v = (x.repeat_interleave(H // G, 1) for x in kv.double().chunk(2, 1))
+    score = (k @ q.double()[..., None])[..., 0] / K**0.5
+    true = score.masked_fill(~mask[:, None], -torch.inf).softmax(-1)[:, :, None] @ v
+    y = attend.attend(q, kv, start, filled.int())
+    assert float((y - true[:, :, 0]).norm() / true.norm()) < 2e-6
 
 
 @dtypes

@@ -11,9 +11,9 @@ each sequence gets what it would have had alone, up to the rounding of matrix pr
 on the sequence's seed and its number of draws only, and the state has always read everything but the last
 token, so a run of n tokens that is gone on with for m more is a run of n + m.
 
-On a GPU a step of a model whose state has a constant size is recorded once for each batch size and replayed
-(graph.py): the same kernels, the same bits. `Limits(graph=False)` runs every step by itself. On a CPU a step
-of a small model runs on one thread, whatever PyTorch is set to: waking others would take longer.
+On a GPU a step is recorded once for each batch size and replayed (graph.py): the same kernels and bits, but
+for attention, whose cache is read by a kernel of its own. `Limits(graph=False)` runs every step by itself.
+On a CPU a step of a small model runs on one thread, whatever PyTorch is set to: waking others takes longer.
 """
 
 from __future__ import annotations

@@ -13,12 +13,14 @@ output and state live in the graph's memory and the next call overwrites them: c
 A graph repeats what the GPU did and nothing of what Python did. That is right for ever if the step cannot
 notice which step it is: the state keeps its shapes, and whatever of it lies on the CPU, where Python may have
 looked, stays what it was. Both are checked when the step is recorded, and a step that waits for a number from
-the GPU cannot be recorded at all. Attention whose cache grows is refused for its shapes.
+the GPU cannot be recorded at all. A cache that grows is given room for ROOM steps, and when they are taken,
+for as many again: then the step is recorded anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,51 +31,97 @@ from riverrun.state import State, describe, leaves, tree_map
 
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
+ROOM = (
+    1024  # steps: recording takes some 50 ms, and every step reads the cache that is copied once in so many
+)
+
 
 def refusal(model: LanguageModel) -> str | None:
     """Why one step of `model` cannot be recorded, or None."""
     if not on_gpu(model.output):
         return f"CUDA graphs need a GPU, and the model is on '{model.output.device}'"
-    if model.grows:
-        return f"the state of {', '.join(model.grows)} grows with every token, and a graph has one size"
+    tight = {name for name, mixer in mixers(model) if row(name).state == "grows" and not roomy(mixer)}
+    if tight:
+        return f"the state of {', '.join(sorted(tight))} grows with every token, and a graph has one size"
     why = {name: row(name).unrecorded for name in model.layers if row(name).unrecorded}
     return "; ".join(f"{name}: {reason}" for name, reason in why.items()) or None
+
+
+def mixers(model: LanguageModel) -> list[tuple[str, Any]]:
+    """Name and module of every layer's mixer."""
+    return [(name, block.mixer) for name, block in zip(model.layers, model.blocks, strict=True)]
+
+
+def roomy(mixer: Any) -> bool:
+    """Whether its state, which grows, can be given room: `mixer.room(state, steps)`; `trimmed` undoes it."""
+    return hasattr(mixer, "room")
 
 
 class Replay:
     """A step `(x, state) -> (y, state)`, a model or a mixer, from `state` on. Its memory is one state more.
 
-    Raises ValueError, when first called, for a step that cannot be recorded.
+    `model` is whose state it is, if not the step's own. Raises ValueError, when first called, for a step that
+    cannot be recorded.
     """
 
-    def __init__(self, step: Step, state: State):
-        self.step, self.state = step, tree_map(owned, state)
+    def __init__(self, step: Step, state: State, model: Any = None):
+        owner: Any = step if model is None else model
+        self.layered = isinstance(owner, LanguageModel)
+        self.mixers = [mixer for _, mixer in mixers(owner)] if self.layered else [owner]
+        self.grows = any(map(roomy, self.mixers))
+        self.step, self.held = step, tree_map(owned, state)
+        self.left: int | None = None  # steps of room, once there is any
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.y: Any = None
+
+    @property
+    def state(self) -> State:
+        """The state after the last step."""
+        return self.held if self.left is None else self.each(lambda mixer, s: mixer.trimmed(s, self.left))
+
+    def each(self, change: Callable[[Any, State], State]) -> State:
+        """The state that is held, with those that grow changed."""
+        parts = self.held if self.layered else (self.held,)
+        parts = tuple(change(m, s) if roomy(m) else s for m, s in zip(self.mixers, parts, strict=True))
+        return parts if self.layered else parts[0]
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cuda"):  # its cast weights are gone when it ends, and a graph stays
+            raise ValueError(
+                "a step is not recorded under torch.autocast; convert the model: model.bfloat16()"
+            )
+        if self.held is None:  # what its state is like is known after a step
+            y, after = self.step(x, None)
+            self.held = tree_map(owned, after)
+            return y
+        if self.grows:
+            self.take_room()
         if self.graph is None:
-            if torch.is_autocast_enabled("cuda"):  # its cast weights are gone when it ends, and a graph stays
-                raise ValueError(
-                    "a step is not recorded under torch.autocast; convert the model: model.bfloat16()"
-                )
-            y, after = self.step(x, self.state)
-            self.state = tree_map(owned, after)
+            y, after = self.step(x, self.held)
+            self.held = tree_map(lambda old, new: old if new is old else owned(new), self.held, after)
             self.record(x)
             return y
         self.x.copy_(x)
         self.graph.replay()
         return self.y
 
+    def take_room(self) -> None:
+        """For one more step; if there is none, caches move to larger ones, and the graph goes."""
+        if not self.left:
+            self.graph, self.y, self.held = None, None, self.state  # its memory first
+            self.held, self.left = self.each(lambda mixer, s: mixer.room(s, ROOM)), ROOM
+        self.left -= 1
+
     def record(self, x: Tensor) -> None:
         """Record the step that follows, without running it."""
         self.x, graph = x.clone(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.y, after = self.step(self.x, self.state)
-                trouble = changes(self.state, after)
+                self.y, after = self.step(self.x, self.held)
+                trouble = changes(self.held, after)
                 if trouble is None:
-                    overwrite(self.state, after)
+                    overwrite(self.held, after)
         except RuntimeError as error:
             raise ValueError(
                 "this step cannot be recorded in a CUDA graph: it waits for the GPU, or starts what a graph "

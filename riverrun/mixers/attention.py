@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from riverrun.nn import attend, carried, checked, heads
-from riverrun.nn.attend import Cache, grouped, pairs
+from riverrun.nn.attend import Cache, grouped, pairs, room, trimmed
 
 
 class Attention(nn.Module):
@@ -21,6 +21,8 @@ class Attention(nn.Module):
     H query heads share G key/value heads; G = H unless given. With gradients, and in compiled code, every
     call copies the state; otherwise a step is appended in place.
     """
+
+    room, trimmed = staticmethod(room), staticmethod(trimmed)  # for steps that are recorded
 
     @checked
     def __init__(

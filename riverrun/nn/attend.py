@@ -9,6 +9,9 @@
 Without gradients a step is appended in place. kv is then a view of a longer buffer, and all states on it
 share `filled`: only a state that ends there may write on, any other copies. So an older state, or one state
 twice, can be continued as if nothing were ever overwritten. With gradients, and compiled, nothing is.
+
+`room` makes a state whose size no step changes, for steps that are recorded: there kv is a whole buffer,
+which steps overwrite, and `filled`, int32 and beside kv, is how many of its steps count.
 Sources: Vaswani et al. 2017 (arXiv:1706.03762) eq. 1; the window, Beltagy et al. 2020 (arXiv:2004.05150).
 """
 
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from riverrun.ops import gpu
 from riverrun.state import State, describe
 
 from .check import head_width
@@ -49,6 +53,8 @@ def attend(
     """
     T, fresh = k.shape[1], state[0] is None
     past, start, filled = begin(k, window) if fresh else checked(state, k, window)
+    if filled.dtype == torch.int32:
+        return within(q, k, v, (past, start, filled), reset, base)
     position = positions(k, past.shape[2] - start, reset)[0]
     plain = q.transpose(1, 2)
     q, k = rotate_all((q, k), position, base)
@@ -69,10 +75,46 @@ def attend(
         j = i + near.shape[1]
         beside = None if always is None else (always, plain[:, :, i:j])
         ys.append(read(q[:, :, i:j], halves(q, kv[:, :, i : n + j]), visible(near, n, window), beside))
-    last = kv[:, :, T:]
-    if n <= T:
-        last = last.clone()  # a view would keep all T steps in memory
+    last = kv[:, :, T:].clone() if n <= T else kv[:, :, T:]  # a view would keep all T steps in memory
     return torch.cat(ys, 1), (last, first[:, -1] - T, filled)
+
+
+def room(state: Cache, steps: int) -> Cache:
+    """A copy of the state of attention without a window, with room for so many steps more."""
+    kv, start, _ = state
+    B, G, n, K = kv.shape
+    buffer = kv.new_zeros(B, G, n + steps, K)
+    buffer[:, :, :n] = kv
+    return buffer, start.clone(), torch.full((B,), n, dtype=torch.int32, device=kv.device)
+
+
+def trimmed(state: Cache, left: int) -> Cache:
+    """The state that `room` and the steps since have made, without the `left` steps of room; kv is a view."""
+    kv, start, _ = state
+    return kv[:, :, : kv.shape[2] - left], start, torch.full((len(kv),), -1)
+
+
+def within(
+    q: Tensor, k: Tensor, v: Tensor, state: Cache, reset: Tensor | None, base: float
+) -> tuple[Tensor, Cache]:
+    """`attend` in a state with room, which it overwrites; on a GPU nothing here asks how much there is."""
+    (kv, start, filled), T = state, k.shape[1]
+    if reset is not None or torch.is_grad_enabled():
+        raise ValueError(
+            "attention: a state with room is overwritten by its steps, so it takes neither `reset` nor "
+            "gradients; continue the state it was made from, or under torch.no_grad()"
+        )
+    at = filled[:, None] + torch.arange(T, device=k.device)
+    position = at - start[:, None]
+    q, k = rotate_all((q, k), position, base)
+    kv.index_copy_(2, at[0], torch.cat([k, v], 2).transpose(1, 2).to(kv.dtype))
+    if gpu is not None and T == 1 and gpu.attend.refuses(q, kv) is None:
+        y = gpu.attend.attend(q[:, 0], kv, start, filled)[:, None]
+    else:
+        steps = torch.arange(kv.shape[2], device=k.device)
+        mask = (steps >= start[:, None, None]) & (steps <= at[..., None])
+        y = read(q.transpose(1, 2), halves(q, kv), mask[:, None])
+    return y, (kv, start, filled + T)
 
 
 def pairs(width: int, num_heads: int, window: int | None = None) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import attend as attend  # no ops, but what layers and losses run
 from . import cells, conv, delta, dplr, memory, outer, scan, selective, softmax
-from . import headnorm as headnorm  # no ops, but what layers and losses run
+from . import headnorm as headnorm
 from . import loss as loss
 from . import norm as norm
 from . import removal as removal

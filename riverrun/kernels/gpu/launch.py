@@ -108,7 +108,8 @@ def compile_together(*calls: tuple[Callable[..., Any], tuple[Any, ...]]) -> None
     for fast in (True, False):  # one setting of `instructions` at a time
         some = [w for w in waiting if w[6] == fast]
         if len(some) > 1:
-            with instructions(fast), ThreadPoolExecutor(len(some)) as pool, triton.AsyncCompileMode(pool):
+            threads = min(len(some), os.cpu_count() or 1)
+            with instructions(fast), ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
                 for kernel, grid, given, constants, warps, stages, _, registers in some:
                     kernel.run(
                         *given, *constants, grid=grid, warmup=True,

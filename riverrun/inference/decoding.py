@@ -11,9 +11,10 @@ each sequence gets what it would have had alone, up to the rounding of matrix pr
 on the sequence's seed and its number of draws only, and the state has always read everything but the last
 token, so a run of n tokens that is gone on with for m more is a run of n + m.
 
-On a GPU a step is recorded once for each batch size and replayed (graph.py): the same kernels and bits, but
-for attention, whose cache is read by a kernel of its own. `Limits(graph=False)` runs every step by itself.
-On a CPU a step of a small model runs on one thread, whatever PyTorch is set to: waking others takes longer.
+On a GPU a step of a model whose state has a constant size is recorded once for each batch size and replayed
+(graph.py): the same kernels, the same bits. `Limits(graph=False)` runs every step by itself, `graph=True`
+records attention as well, whose cache is then read by a kernel of its own. On a CPU a step of a small model
+runs on one thread, whatever PyTorch is set to: waking others would take longer.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Limits:
     max_tokens: int = 200
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     piece: int = 1024  # bounds the memory that reading a long prompt takes
-    graph: bool | None = None  # steps are recorded and replayed (graph.py); None: wherever that can be done
+    graph: bool | None = (
+        None  # steps are recorded and replayed (graph.py); None: where a state's size is constant
+    )
 
     def __post_init__(self) -> None:
         if "" in typed(tuple[str, ...], self.stop, "stop"):
@@ -144,7 +147,8 @@ class Generation:
             raise ValueError(
                 f"graph = True, but {why_not}; leave it out to run such a model's steps one by one"
             )
-        self.recorded = engine is None and (why_not is None if limits.graph is None else limits.graph)
+        steady = why_not is None and not model.grows  # the kernel for caches has yet to be tried on a GPU
+        self.recorded = engine is None and (steady if limits.graph is None else limits.graph)
         if self.recorded:
             self.engine = partial(Replay, model)
 

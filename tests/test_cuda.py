@@ -15,7 +15,6 @@ from riverrun.inference.graph import Replay, owned
 from riverrun.inference.sampling import Sampling
 from riverrun.mixers import MIXERS, build
 from riverrun.models.language import LanguageConfig, LanguageModel
-from riverrun.ops import gpu
 from riverrun.state import leaves, tree_map
 from riverrun.testing import laws, tolerance
 
@@ -165,29 +164,6 @@ def test_generation_writes_what_it_would_without_graphs(pattern):
         )
         assert first.recorded == recorded
     assert written[0] == written[1]
-
-
-def test_attention_reads_a_cache_with_room():
-    """In float32, whatever is the group, the width, the start, the part that counts and the room."""
-    make = torch.Generator("cuda").manual_seed(0)
-    for B, H, G, K, n in (
-        (1, 12, 12, 64, 70_000),
-        (2, 8, 2, 128, 3000),
-        (3, 3, 3, 20, 200),
-        (70, 2, 1, 256, 65),
-    ):
-        for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3)):
-            q = torch.randn(B, H, K, device="cuda", generator=make).to(dtype)
-            kv = torch.randn(B, 2 * G, n, K, device="cuda", generator=make).to(dtype)
-            filled = torch.randint(0, n, (B,), device="cuda", generator=make)
-            start = (torch.rand(B, device="cuda", generator=make) * (filled + 4)).long().clamp(max=filled) - 3
-            mask = torch.arange(n, device="cuda")
-            mask = (mask >= start[:, None]) & (mask <= filled[:, None])
-            k, v = (x.repeat_interleave(H // G, 1) for x in kv.double().chunk(2, 1))
-            true = (k @ q.double()[..., None])[..., 0] / K**0.5
-            true = true.masked_fill(~mask[:, None], -torch.inf).softmax(-1)[:, :, None] @ v
-            y = gpu.attend.attend(q, kv, start, filled.int()).double()
-            assert float((y - true[:, :, 0]).norm() / y.norm()) < bound, (B, H, G, K, n, dtype)
 
 
 def test_a_step_that_waits_for_the_gpu_is_refused():

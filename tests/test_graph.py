@@ -123,3 +123,14 @@ def test_a_state_with_room_is_left_as_the_state_it_stands_for(given, monkeypatch
                     torch.testing.assert_close(a, b)
             later = net(whole[:, :1], kept)[1]
             known = [x.clone() for x in leaves(later)]
+
+
+def test_a_state_with_room_takes_neither_resets_nor_gradients():
+    mixer, x = model("attention").blocks[0].mixer, torch.randn(2, 3, 8)
+    with torch.no_grad():
+        state = mixer.room(mixer(x)[1], 4)
+        with pytest.raises(ValueError, match="takes neither `reset` nor gradients"):
+            mixer(x, state, torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="takes neither `reset` nor gradients"):
+        mixer(x, state)
+    assert int(state[0].count_nonzero()) == 2 * 3 * 2 * 8  # nothing was written

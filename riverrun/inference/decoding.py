@@ -48,9 +48,7 @@ class Limits:
     max_tokens: int = 200
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     piece: int = 1024  # bounds the memory that reading a long prompt takes
-    graph: bool | None = (
-        None  # steps are recorded and replayed (graph.py); None: where a state's size is constant
-    )
+    graph: bool | None = None  # steps are recorded and replayed (graph.py); None: if no state grows
 
     def __post_init__(self) -> None:
         if "" in typed(tuple[str, ...], self.stop, "stop"):

@@ -31,9 +31,7 @@ from riverrun.state import State, describe, leaves, tree_map
 
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
-ROOM = (
-    1024  # steps: recording takes some 50 ms, and every step reads the cache that is copied once in so many
-)
+ROOM = 1024  # steps: recording takes some 50 ms, and a cache that is copied once is read at each of them
 
 
 def refusal(model: LanguageModel) -> str | None:

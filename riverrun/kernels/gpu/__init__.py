@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attend as attend  # no ops, but what layers and losses run
+from . import attend as attend  # no op but what layers run, as the modules below are
 from . import cells, conv, delta, dplr, memory, outer, scan, selective, softmax
 from . import headnorm as headnorm
 from . import loss as loss

@@ -314,8 +314,8 @@ def _fake(kind: str, *args):
     last = [x.new_empty(B, H, P, dtype=torch.float32) for _ in range(STATES[kind])]
     shape = (B, T, H, P) if save else (0,)
     # an LSTM's cells are rounded as its outputs are; float16 does not reach as far as a sum over steps
-    wide = x.dtype if kind == "lstm" and x.dtype == torch.bfloat16 else torch.float32
-    saved = [x.new_empty(shape, dtype=wide) for _ in range(STATES[kind] - 1)]
+    dtype = x.dtype if kind == "lstm" and x.dtype == torch.bfloat16 else torch.float32
+    saved = [x.new_empty(shape, dtype=dtype) for _ in range(STATES[kind] - 1)]
     return y, *last, *saved
 
 

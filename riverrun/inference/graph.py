@@ -66,22 +66,31 @@ class Replay:
         owner: Any = step if model is None else model
         self.layered = isinstance(owner, LanguageModel)
         self.mixers = [mixer for _, mixer in mixers(owner)] if self.layered else [owner]
-        self.grows = any(map(roomy, self.mixers))
-        self.step, self.held = step, tree_map(owned, state)
-        self.left: int | None = None  # steps of room, once there is any
+        self.step, self.parts = step, []
+        self.left = ROOM if any(map(roomy, self.mixers)) else None  # steps that there is room for
         self.graph: torch.cuda.CUDAGraph | None = None
         self.y: Any = None
+        if state is not None:
+            self.parts = [copied(mixer, s) for mixer, s in self.each(state)]
+
+    def each(self, state: State) -> list[tuple[Any, State]]:
+        """Every mixer and its state."""
+        return list(zip(self.mixers, state if self.layered else (state,), strict=True))
+
+    def whole(self, parts: list[State]) -> State:
+        return tuple(parts) if self.layered else parts[0]
+
+    @property
+    def held(self) -> State:
+        """What the graph reads and writes."""
+        return self.whole(self.parts)
 
     @property
     def state(self) -> State:
         """The state after the last step."""
-        return self.held if self.left is None else self.each(lambda mixer, s: mixer.trimmed(s, self.left))
-
-    def each(self, change: Callable[[Any, State], State]) -> State:
-        """The state that is held, with those that grow changed."""
-        parts = self.held if self.layered else (self.held,)
-        parts = tuple(change(m, s) if roomy(m) else s for m, s in zip(self.mixers, parts, strict=True))
-        return parts if self.layered else parts[0]
+        if not self.parts:
+            return None
+        return self.whole([m.trimmed(s, self.left) if roomy(m) else s for m, s in self.each(self.held)])
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,27 +98,31 @@ class Replay:
             raise ValueError(
                 "a step is not recorded under torch.autocast; convert the model: model.bfloat16()"
             )
-        if self.held is None:  # what its state is like is known after a step
+        if not self.parts:  # what its state is like is known after a step
             y, after = self.step(x, None)
-            self.held = tree_map(owned, after)
+            self.parts = [copied(mixer, s) for mixer, s in self.each(after)]
             return y
-        if self.grows:
-            self.take_room()
+        if self.left is not None:
+            if not self.left:
+                self.enlarge()
+            self.left -= 1
         if self.graph is None:
             y, after = self.step(x, self.held)
-            self.held = tree_map(lambda old, new: old if new is old else owned(new), self.held, after)
+            after = tree_map(lambda old, new: old if new is old else owned(new), self.held, after)
+            self.parts = [s for _, s in self.each(after)]
             self.record(x)
             return y
         self.x.copy_(x)
         self.graph.replay()
         return self.y
 
-    def take_room(self) -> None:
-        """For one more step; if there is none, caches move to larger ones, and the graph goes."""
-        if not self.left:
-            self.graph, self.y, self.held = None, None, self.state  # its memory first
-            self.held, self.left = self.each(lambda mixer, s: mixer.room(s, ROOM)), ROOM
-        self.left -= 1
+    def enlarge(self) -> None:
+        """Caches move to larger ones, layer by layer, after the graph and its memory went."""
+        self.graph, self.y = None, None
+        for i, mixer in enumerate(self.mixers):
+            if roomy(mixer):
+                self.parts[i] = mixer.room(mixer.trimmed(self.parts[i], 0), ROOM)
+        self.left = ROOM
 
     def record(self, x: Tensor) -> None:
         """Record the step that follows, without running it."""
@@ -130,6 +143,11 @@ class Replay:
                 f"this step cannot be recorded in a CUDA graph: {trouble}. Run it without: graph=False"
             )
         self.graph = graph
+
+
+def copied(mixer: Any, state: State) -> State:
+    """The state of a mixer in memory of its own, with room for ROOM steps if it grows."""
+    return mixer.room(state, ROOM) if roomy(mixer) else tree_map(owned, state)
 
 
 def owned(x: Tensor) -> Tensor:

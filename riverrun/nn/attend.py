@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from riverrun.ops import gpu
 from riverrun.state import State, describe
@@ -67,7 +68,7 @@ def attend(
             raise ValueError("attention: `always` is for a window; without one, every step sees every key")
         whole = fresh and reset is None  # on a GPU it is read past the copies that the state is
         seen = (k.transpose(1, 2), v.transpose(1, 2)) if whole and q.is_cuda else halves(q, kv)
-        y = read(q, seen, None if whole else visible(first, n, n + T))
+        y = read(q, seen, None if whole or all_seen(start, T, reset) else visible(first, n, n + T))
         return y, (kv, first[:, -1], filled)
     ys = []
     for i in range(0, T, window):  # blocks of `window` steps see at most 2 · window - 1: linear in T
@@ -152,6 +153,11 @@ def checked(state: Cache, k: Tensor, window: int | None) -> Cache:
     return state
 
 
+def all_seen(start: Tensor, T: int, reset: Tensor | None) -> bool:
+    """Whether every step sees all steps before it. It is asked of several, for asking waits for a GPU."""
+    return T > 1 and reset is None and not torch.compiler.is_compiling() and int(start.max()) <= 0
+
+
 def visible(first: Tensor, n: int, window: int) -> Tensor:
     """(B, 1, t, n + t): step i, at n + i, sees itself and window - 1 before it, from `first` (B, t) on."""
     steps = torch.arange(n + first.shape[1], device=first.device)
@@ -167,7 +173,7 @@ def halves(q: Tensor, kv: Tensor) -> Pair:
 
 
 def read(q: Tensor, kv: Pair, mask: Tensor | None, beside: Pair | None = None) -> Tensor:
-    """(B, t, H, K) for q (B, H, t, K) and k, v (B, G, s, K); no mask means causal with s = t.
+    """(B, t, H, K) for q (B, H, t, K) and k, v (B, G, s, K); no mask means causal, the last t of s steps.
 
     `beside` is (always, q before it was turned): one softmax, by keys that are zero for the other q.
     """
@@ -179,9 +185,12 @@ def read(q: Tensor, kv: Pair, mask: Tensor | None, beside: Pair | None = None) -
         q, mask = torch.cat([q, plain], -1), F.pad(mask, (always.shape[1], 0), value=True)
         k, v = torch.cat([F.pad(a, (K, 0)), F.pad(k, (0, K))], 2), torch.cat([b, v], 2)
     chosen = mask is not None and q.is_cuda and not torch.compiler.is_compiling()
+    causal = mask is None and q.shape[2] == k.shape[2]
+    if mask is None and not causal:
+        mask = causal_lower_right(q.shape[2], k.shape[2])
     with sdpa_kernel(STEADY) if chosen else nullcontext():
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa, scale=K**-0.5
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa, scale=K**-0.5
         )
     return y.transpose(1, 2)
 

@@ -4,6 +4,8 @@ The laws' exact statements are in float64, which the kernels refuse; those that 
 are held in float32 as well. `python benchmarks/cuda_laws.py` runs this file and writes a table of it.
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -128,6 +130,28 @@ def test_replayed_steps_are_the_steps(name, monkeypatch):
 
 def near(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm()) < 2**-6
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_attention_in_pieces_in_bfloat16(groups):
+    """Against the whole in float64, with gradients: some ten roundings of 2⁻⁹, the largest entry for scale.
+
+    A piece that sees all before it takes another kernel of PyTorch's than one with a reset in it.
+    """
+    torch.manual_seed(0)
+    net, x = build("attention", 256, num_heads=4, num_key_heads=groups), torch.randn(laws.BATCH, 300, 256)
+    cut = laws.resets(180, (0, 60))
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        mixer, given = deepcopy(net).to(device, dtype), x.to(device, dtype).detach().requires_grad_()
+        ys, state = [], None
+        for piece, reset in ((given[:, :50], None), (given[:, 50:120], None), (given[:, 120:], cut)):
+            y, state = mixer(piece, state, None if reset is None else reset.to(device))
+            ys.append(y)
+        found.append([*ys, *laws.gradients(ys, [given, *mixer.parameters()])])
+        found[-1] = [f.detach().cpu().double() for f in found[-1]]
+    for i, (exact, mine) in enumerate(zip(*found, strict=True)):
+        tolerance.close(mine, exact, f"result {i}", 2e-2)
 
 
 class Letters(ByteTokenizer):

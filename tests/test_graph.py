@@ -29,6 +29,8 @@ def test_what_grows_or_waits_is_named(monkeypatch):
     monkeypatch.setattr(LanguageModel, "output", torch.empty(0, device="meta"))
     monkeypatch.setattr(graph, "on_gpu", lambda x: True)
     assert graph.refusal(model("mingru + attention")) is None
+    assert Generation(model("mingru + attention"), ByteTokenizer(), [""], Limits(1)).recorded
+    assert not Generation(model("mingru + mom"), ByteTokenizer(), [""], Limits(1)).recorded
     monkeypatch.delattr(Attention, "room")
     assert "attention grows with every token" in graph.refusal(model("mingru + attention"))
     assert "mom: which memories" in graph.refusal(model("mom"))

@@ -34,7 +34,7 @@ class Settings(Sampling):
 
     max_tokens: int = 200
     piece: int = 1024  # tokens of a prompt that are read at once
-    graph: bool | None = None  # record a step on a GPU and replay it; none: if no state grows
+    graph: bool | None = None  # record a step on a GPU and replay it; none: where that can be
     seed: int | None = None  # none: that of the state file, or 0
     samples: int = 1  # texts for each prompt, with seeds that count up from `seed`
     special: Literal["refuse", "read", "text"] = "refuse"  # what "<|...|>" in a prompt is

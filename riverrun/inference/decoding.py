@@ -11,10 +11,10 @@ each sequence gets what it would have had alone, up to the rounding of matrix pr
 on the sequence's seed and its number of draws only, and the state has always read everything but the last
 token, so a run of n tokens that is gone on with for m more is a run of n + m.
 
-On a GPU a step of a model whose state has a constant size is recorded once for each batch size and replayed
-(graph.py): the same kernels, the same bits. `Limits(graph=False)` runs every step by itself, `graph=True`
-records attention as well, whose cache is then read by a kernel of its own. On a CPU a step of a small model
-runs on one thread, whatever PyTorch is set to: waking others would take longer.
+On a GPU a step is recorded for each batch size and replayed (graph.py), where that can be: the same kernels,
+the same bits, but for a cache that grows, which a kernel of its own reads. `Limits(graph=False)` runs every
+step by itself, `graph=True` says why where one cannot be recorded. On a CPU a step of a small model runs on
+one thread, whatever PyTorch is set to: waking others would take longer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Limits:
     max_tokens: int = 200
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     piece: int = 1024  # bounds the memory that reading a long prompt takes
-    graph: bool | None = None  # steps are recorded and replayed (graph.py); None: if no state grows
+    graph: bool | None = None  # steps are recorded and replayed (graph.py); None: where that can be
 
     def __post_init__(self) -> None:
         if "" in typed(tuple[str, ...], self.stop, "stop"):
@@ -145,8 +145,7 @@ class Generation:
             raise ValueError(
                 f"graph = True, but {why_not}; leave it out to run such a model's steps one by one"
             )
-        steady = why_not is None and not model.grows  # the kernel for caches has yet to be tried on a GPU
-        self.recorded = engine is None and (steady if limits.graph is None else limits.graph)
+        self.recorded = engine is None and limits.graph is not False and why_not is None
         if self.recorded:
             self.engine = partial(Replay, model)
 

@@ -144,8 +144,14 @@ def test_kinds():
 
 
 def test_kernels_of_a_call_are_compiled_at_once(monkeypatch):
-    """Each group that shares a setting together, before anything is launched; one alone is not worth it."""
-    seen = []
+    """Each group that shares a setting together, before anything is launched; one alone is not worth it. Then
+    what is compiled is loaded."""
+    seen, loaded = [], []
+
+    class Compiled:
+        @property
+        def run(self):
+            loaded.append(len(seen))
 
     class Kernel:
         def __getitem__(self, grid):
@@ -153,6 +159,7 @@ def test_kernels_of_a_call_are_compiled_at_once(monkeypatch):
 
         def run(self, *args, grid, warmup, **options):
             seen.append((args[1:], warmup, options["num_warps"], os.environ.get("DISABLE_MMA_V3")))
+            return Compiled()
 
     def call(x, *others):
         for wgmma, numbers in ((True, range(2)), (False, range(others[0]))):
@@ -161,10 +168,11 @@ def test_kernels_of_a_call_are_compiled_at_once(monkeypatch):
 
     monkeypatch.setattr(launching, "DEVICE", "cuda")
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
     launching.compile_together((call, (torch.ones(1), 3)))
     fast, plain = [((n,), True, 4, None) for n in range(2)], [((n,), True, 4, "1") for n in range(3)]
-    assert seen == fast + plain and recording.waiting is None
+    assert seen == fast + plain and recording.waiting is None and loaded == [2, 2, 5, 5, 5]
     seen.clear()
     launching.compile_together((call, (torch.ones(1), 1)))
     assert seen == fast

@@ -195,9 +195,22 @@ def test_a_step_that_waits_for_the_gpu_is_refused():
     def step(x, state):
         return (x if bool((x > 0).all()) else -x), state
 
+    one, other, stream = torch.ones(1, device="cuda"), torch.cuda.Stream(), torch.cuda.current_stream()
+    well = Replay(lambda x, state: (x + state, state + x), one)
+    before = [float(well(one)) for _ in range(3)]
     with pytest.raises(ValueError, match="it waits for the GPU"):
-        Replay(step, torch.zeros(1, device="cuda"))(torch.ones(1, device="cuda"))
-    assert float(torch.ones(2, device="cuda").sum()) == 2  # the device is as it was
+        Replay(step, one)(one)
+    assert torch.cuda.current_stream() == stream  # and all else is as it was
+    assert before + [float(well(one)) for _ in range(3)] == [2, 3, 4, 5, 6, 7]
+    torch.randn(1, device="cuda")
+    place = set()
+    for _ in range(3):  # memory that another stream has used is free again when it is done
+        used = torch.empty(1 << 22, device="cuda")
+        place.add(used.data_ptr())
+        used.record_stream(other)
+        del used
+        torch.cuda.synchronize()
+    assert len(place) == 1
 
 
 def test_a_step_that_counts_on_the_cpu_is_refused():

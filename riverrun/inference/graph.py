@@ -20,6 +20,7 @@ for as many again: then the step is recorded anew.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -126,14 +127,18 @@ class Replay:
 
     def record(self, x: Tensor) -> None:
         """Record the step that follows, without running it."""
-        self.x, graph = x.clone(), torch.cuda.CUDAGraph()
+        self.x, graph, pool = x.clone(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # if it fails, the graph's would stay
+                torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),
+            ):
                 self.y, after = self.step(self.x, self.held)
                 trouble = changes(self.held, after)
                 if trouble is None:
                     overwrite(self.held, after)
         except RuntimeError as error:
+            recover(x.device, pool)
             raise ValueError(
                 "this step cannot be recorded in a CUDA graph: it waits for the GPU, or starts what a graph "
                 f"cannot hold ({str(error).splitlines()[0]}). Run it without: graph=False"
@@ -148,6 +153,16 @@ class Replay:
 def copied(mixer: Any, state: State) -> State:
     """The state of a mixer in memory of its own, with room for ROOM steps if it grows."""
     return mixer.room(state, ROOM) if roomy(mixer) else tree_map(owned, state)
+
+
+def recover(device: torch.device, pool: Any) -> None:
+    """After a recording that CUDA broke off. PyTorch goes on as if it still ran: no random number can be
+    drawn on the GPU, and memory that several streams have used is not free again."""
+    with suppress(RuntimeError):  # where only the step failed, the recording has ended as it should
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)  # the end of any recording lets numbers be drawn again
 
 
 def owned(x: Tensor) -> Tensor:

@@ -9,6 +9,13 @@ timing only.
 from __future__ import annotations
 
 import os
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from riverrun import ops
+from riverrun.recurrences.fold import fold
 
 os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")  # its pure Triton kernels
 
@@ -46,7 +53,6 @@ def gla(q, k, v, g, u):
 
 
 def mamba(q, k, v, g, u):
-    import torch
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     A = torch.full((v.shape[2],), -1.0, device=v.device)  # g = dt A
@@ -56,8 +62,7 @@ def mamba(q, k, v, g, u):
 def xl_chunk(q, k, v, f, i):
     from mlstm_kernels.torch.chunkwise.triton_xl_chunk.fwbw import mlstm_chunkwise__xl_chunk
 
-    # heads before time is the layout it is written for, so the transposes are made outside what is timed
-    q, k, v, f, i = (x.transpose(1, 2).contiguous().detach().requires_grad_() for x in (q, k, v, f, i))
+    q, k, v, f, i = laid_out((q, k, v, f, i), 1, 2)
     call = lambda: mlstm_chunkwise__xl_chunk(q, k, v, i, f, autocast_kernel_dtype=v.dtype)  # noqa: E731
     call.inputs = (q, k, v, f, i)
     return call
@@ -94,6 +99,53 @@ def rwkv7_bounded(q, k, v, g, a, b):
     return lambda: chunk_rwkv7(q, g, k, v, a, b, scale=1.0, lower_bound=-0.61)[0]
 
 
+def sdpa(q, k, v):
+    """Causal attention, which keeps all it has read."""
+    q, k, v = laid_out((q, k, v), 1, 2)
+    call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+    call.inputs = (q, k, v)
+    return call
+
+
+def laid_out(tensors, *axes):
+    """With two axes changed outside of what is timed, for who is written for that."""
+    return tuple(x.detach().transpose(*axes).contiguous().requires_grad_() for x in tensors)
+
+
+def warp_scan(a, b):
+    from accelerated_scan.warp import scan
+
+    a, b = laid_out((a, b), 1, 2)  # (B, D, T), T a power of two
+    call = lambda: scan(a, b)  # noqa: E731
+    call.inputs = (a, b)
+    return call
+
+
+def cudnn_lstm(x, W, R, c):
+    """Of one head, whatever R is: cuDNN knows no others."""
+    D = x.shape[-1]
+    net = torch.nn.LSTM(D, D, batch_first=True).to(x)
+    net.flatten_parameters()
+    call = lambda: net(x)[0]  # noqa: E731
+    call.inputs = (x, *net.parameters())
+    return call
+
+
+def flashrnn(x, W, R, c, backend):
+    from flashrnn import flashrnn as run
+
+    def call():
+        gates = (x @ W.T).unflatten(-1, R.shape[:3])
+        return run(gates, R, c, function="lstm", backend=backend)[0][0].flatten(2)
+
+    return call
+
+
+def loop(x, W, R, c):
+    """The definition, a step after the other."""
+    return lambda: fold(ops.lstm.recurrence, ((x @ W.T).unflatten(-1, R.shape[:3]), R, c))[0].flatten(2)
+
+
 PEERS = {
     "outer-head": {"fla simple_gla": simple_gla, "mamba-ssm SSD": mamba},
     "outer-key": {"fla gla": gla},
@@ -102,4 +154,13 @@ PEERS = {
     "delta-head": {"fla gated_delta_rule": gated_delta_rule},
     "delta-key": {"fla kda": kda},
     "dplr": {"fla rwkv7": rwkv7, "fla rwkv7, bounded decay": rwkv7_bounded},
+    "attention": {"PyTorch SDPA": sdpa},
+    "diagonal-float32": {"accelerated-scan warp": warp_scan},
+    "diagonal": {"accelerated-scan warp": warp_scan},
+    "lstm-heads": {
+        "cuDNN LSTM, full": cudnn_lstm,
+        "flashrnn, CUDA": partial(flashrnn, backend="cuda_fused"),
+        "flashrnn, Triton": partial(flashrnn, backend="triton_fused"),
+    },
+    "lstm-full": {"cuDNN LSTM": cudnn_lstm, "PyTorch loop": loop},
 }

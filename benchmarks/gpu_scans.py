@@ -1,12 +1,12 @@
-"""Scans, cells, softmax, convolution and norm on a GPU: the doctor's verdicts, then times beside peers.
+"""Scans, cells, softmax, convolution and norm on a GPU: the doctor's verdicts, then times beside PyTorch's.
 
     python benchmarks/gpu_scans.py [--check] [--time] [--ops diagonal,lstm]      both parts by default
 
 Times are medians of replays of a CUDA graph, so the time of the GPU alone, forward, and forward with
 backward, on random inputs. The floor is the bytes an op must move, every input read and every output
 written once, over the bandwidth of a large kernel measured in the same run. "first call": the first forward
-and backward of these dtypes and shapes with no kernel cached; not given if TRITON_CACHE_DIR is set. Peers not
-installed are left out and named.
+and backward of these dtypes and shapes with no kernel cached; not given if TRITON_CACHE_DIR is set. Other
+libraries' scans and LSTMs are in `gpu_ops.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from triton.testing import do_bench, do_bench_cudagraph
 from riverrun import doctor, ops
 from riverrun.commands.doctor import report
 from riverrun.kernels.gpu.norm import gated_rms_norm
-from riverrun.recurrences.fold import fold
 from riverrun.testing import inputs
 
 OPS = ("diagonal", "selective", "softmax", "short_conv", "elman", "lstm", "gru", "slstm")
@@ -106,23 +105,10 @@ def diagonal(rate: float) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             a, b = torch.rand(shape, device=DEVICE).to(dtype), randn(*shape, dtype=dtype)
             ours("diagonal", (a, b), (3 * a.nbytes, 8 * a.nbytes), rate)
-        peer_scan(shape)
         gc.collect()
         torch.cuda.empty_cache()
     a, b = randn(4, 4096, 1024, dtype=torch.complex64) * 0.5, randn(4, 4096, 1024, dtype=torch.complex64)
     ours("diagonal", (a, b), (3 * a.nbytes, 8 * a.nbytes), rate)
-
-
-def peer_scan(shape) -> None:
-    """accelerated-scan, whose layout is (B, D, T) and whose T must be a power of two."""
-    try:
-        from accelerated_scan.warp import scan
-    except Exception as problem:  # not installed, or its extension does not build
-        print(f"accelerated-scan: {type(problem).__name__} {str(problem)[:100]}")
-        return
-    B, T, D = shape
-    a, b = torch.rand(B, D, T, device=DEVICE), randn(B, D, T)
-    row("accelerated-scan warp", (B, D, T), torch.float32, both(lambda a, b: scan(a, b), (a, b)))
 
 
 def selective(rate: float) -> None:
@@ -175,7 +161,6 @@ def cells(rate: float) -> None:
             ours(name, (x, R, c), (x.nbytes + y, 3 * x.nbytes + 3 * y), rate, note=", full recurrence")
         for shape in ((16, 1024, 768), (8, 512, 256), (64, 1024, 768), (16, 1024, 1024)):
             full_recurrence(shape, dtype)
-    loop(torch.bfloat16)
 
 
 def full_recurrence(shape, dtype) -> None:
@@ -193,23 +178,6 @@ def full_recurrence(shape, dtype) -> None:
         net.flatten_parameters()
         times = both(lambda x: net(x)[0], (x,), list(net.parameters()))  # noqa: B023
         row(f"  cuDNN {network.__name__}, with its input projection", shape, dtype, times)
-
-
-def loop(dtype) -> None:
-    """The definition, step by step, once, on an eighth of the steps."""
-    args = [randn(16, 128, 4, 1, 768, dtype=dtype), randn(4, 1, 768, 768, dtype=dtype) / 55]
-    args = [v.requires_grad_() for v in args]
-    for _ in range(2):  # the second counts
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        y = fold(ops.lstm.recurrence, (*args, None))[0]
-        torch.cuda.synchronize()
-        forward = time.perf_counter() - start
-        torch.autograd.grad(y, args, torch.ones_like(y))
-        torch.cuda.synchronize()
-        whole = time.perf_counter() - start
-    times = (8e3 * forward, 8e3 * whole, 0)
-    row("  PyTorch loop, 8 times 128 steps", (16, 1024, 768), dtype, times)
 
 
 def norm(rate: float) -> None:

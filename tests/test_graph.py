@@ -113,6 +113,9 @@ def test_a_state_with_room_is_left_as_the_state_it_stands_for(given, monkeypatch
     with torch.no_grad():
         y, state = net(whole[:, :9])
         replay = StandIn(step, state, net if given == "a step of a model" else None)
+        with pytest.raises((IndexError, ValueError)):  # a step that fails takes none of the room
+            replay(whole[:, 9:10, :3] if given == "a mixer" else torch.full((2, 1), 999))
+        assert describe(replay.state) == describe(state)
         later = known = ()
         for t in range(9, 20):
             y = replay(whole[:, t : t + 1])

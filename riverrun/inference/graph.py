@@ -103,19 +103,24 @@ class Replay:
             y, after = self.step(x, None)
             self.parts = [copied(mixer, s) for mixer, s in self.each(after)]
             return y
-        if self.left is not None:
-            if not self.left:
-                self.enlarge()
-            self.left -= 1
+        if self.left == 0:
+            self.enlarge()
         if self.graph is None:
             y, after = self.step(x, self.held)
             after = tree_map(lambda old, new: old if new is old else owned(new), self.held, after)
             self.parts = [s for _, s in self.each(after)]
+            self.count()
             self.record(x)
             return y
         self.x.copy_(x)
         self.graph.replay()
+        self.count()
         return self.y
+
+    def count(self) -> None:
+        """A step that was taken has taken its room."""
+        if self.left is not None:
+            self.left -= 1
 
     def enlarge(self) -> None:
         """Caches move to larger ones, layer by layer, after the graph and its memory went."""

@@ -13,9 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-from riverrun import ops
-from riverrun.recurrences.fold import fold
+from gpu_forms import FORMS, project
 
 os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")  # its pure Triton kernels
 
@@ -134,16 +132,12 @@ def cudnn_lstm(x, W, R, c):
 def flashrnn(x, W, R, c, backend):
     from flashrnn import flashrnn as run
 
-    def call():
-        gates = (x @ W.T).unflatten(-1, R.shape[:3])
-        return run(gates, R, c, function="lstm", backend=backend)[0][0].flatten(2)
-
-    return call
+    return lambda: run(project(x, W, R), R, c, function="lstm", backend=backend)[0][0].flatten(2)
 
 
 def loop(x, W, R, c):
     """The definition, a step after the other."""
-    return lambda: fold(ops.lstm.recurrence, ((x @ W.T).unflatten(-1, R.shape[:3]), R, c))[0].flatten(2)
+    return lambda: FORMS["lstm-full"].exact(x, W, R, c)
 
 
 PEERS = {

@@ -5,8 +5,8 @@
 Times are medians of replays of a CUDA graph, so the time of the GPU alone, forward, and forward with
 backward, on random inputs. The floor is the bytes an op must move, every input read and every output
 written once, over the bandwidth of a large kernel measured in the same run. "first call": the first forward
-and backward of these dtypes and shapes with no kernel cached; not given if TRITON_CACHE_DIR is set. Other
-libraries' scans and LSTMs are in `gpu_ops.py`.
+and backward of these dtypes and shapes with no kernel cached; not given if TRITON_CACHE_DIR is set. Libraries
+beside PyTorch are in `gpu_ops.py`.
 """
 
 from __future__ import annotations

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -124,14 +127,14 @@ class Program:
         command = [sys.executable, __file__, "--configs", str(configs), "--one", form, name, *shapes]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
         )
         self.said: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
         for line in self.process.stdout:
-            if line.startswith("["):  # libraries print too
+            if line.startswith('["'):  # libraries print too
                 self.said.put(line)
         self.said.put(None)
 
@@ -140,12 +143,17 @@ class Program:
         try:
             line = self.said.get(timeout=max(0.1, seconds))
         except queue.Empty:
-            self.process.kill()
+            self.stop()
             return "failed", "not ready in time"
         if line is None:
             self.said.put(None)
             return "failed", "stopped at an earlier shape"
         return json.loads(line)
+
+    def stop(self) -> None:
+        """It and the compilers it has started, which would disturb the others' times."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def tell(self) -> None:
         if self.process.poll() is None:
@@ -194,7 +202,7 @@ def compare(forms, shapes, peers: bool, configs: int, seconds: float, write) -> 
         write(rows(shape, heard))
         for p in some:
             if p.shapes[-1] == shape:
-                p.process.kill()
+                p.stop()
 
 
 def together(programs: list[Program], seconds: float) -> dict[Program, dict | str]:
@@ -237,6 +245,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400, help="for compiling everything, a shape")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     a = parser.parse_args()
+    for given, known in ((a.forms, FORMS), (a.shapes, every)):
+        if unknown := set(given.split(",")) - set(known):
+            parser.error(f"unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if a.one:
         if a.configs:
             tune_few(a.configs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -110,10 +111,11 @@ def laid_out(tensors, *axes):
     return tuple(x.detach().transpose(*axes).contiguous().requires_grad_() for x in tensors)
 
 
-def warp_scan(a, b):
-    from accelerated_scan.warp import scan
-
-    a, b = laid_out((a, b), 1, 2)  # (B, D, T), T a power of two
+def accelerated_scan(a, b, kernel):
+    """`warp` takes T a power of two; in bfloat16, from T = 4096 on, it reads outside its memory (its tuples of
+    four numbers are aligned to 16 bytes and so are twice as long as the numbers)."""
+    scan = import_module(f"accelerated_scan.{kernel}").scan
+    a, b = laid_out((a, b), 1, 2)  # (B, D, T)
     call = lambda: scan(a, b)  # noqa: E731
     call.inputs = (a, b)
     return call
@@ -140,6 +142,10 @@ def loop(x, W, R, c):
     return lambda: FORMS["lstm-full"].exact(x, W, R, c)
 
 
+SCANS = {
+    "accelerated-scan warp": partial(accelerated_scan, kernel="warp"),
+    "accelerated-scan Triton": partial(accelerated_scan, kernel="scalar"),
+}
 PEERS = {
     "outer-head": {"fla simple_gla": simple_gla, "mamba-ssm SSD": mamba},
     "outer-key": {"fla gla": gla},
@@ -149,8 +155,8 @@ PEERS = {
     "delta-key": {"fla kda": kda},
     "dplr": {"fla rwkv7": rwkv7, "fla rwkv7, bounded decay": rwkv7_bounded},
     "attention": {"PyTorch SDPA": sdpa},
-    "diagonal-float32": {"accelerated-scan warp": warp_scan},
-    "diagonal": {"accelerated-scan warp": warp_scan},
+    "diagonal-float32": SCANS,
+    "diagonal": SCANS,
     "lstm-heads": {
         "cuDNN LSTM, full": cudnn_lstm,
         "flashrnn, CUDA": partial(flashrnn, backend="cuda_fused"),

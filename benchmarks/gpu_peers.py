@@ -112,10 +112,12 @@ def laid_out(tensors, *axes):
 
 
 def accelerated_scan(a, b, kernel):
-    """`warp` takes T a power of two; in bfloat16, from T = 4096 on, it reads outside its memory (its tuples of
-    four numbers are aligned to 16 bytes and so are twice as long as the numbers)."""
+    """`warp` takes T a power of two. In bfloat16, where T is 4096 or more and memory begins at a multiple of
+    16 bytes, it goes outside of it: it takes four numbers for 16 bytes. So there it begins elsewhere."""
     scan = import_module(f"accelerated_scan.{kernel}").scan
     a, b = laid_out((a, b), 1, 2)  # (B, D, T)
+    if kernel == "warp" and a.element_size() == 2:
+        a, b = (F.pad(x.flatten(), (1, 0))[1:].view_as(x).detach().requires_grad_() for x in (a, b))
     call = lambda: scan(a, b)  # noqa: E731
     call.inputs = (a, b)
     return call

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DEVICE, launch, scratch
+from .launch import DEVICE, cdiv, launch, power_of_2, scratch
 from .plan import processors
 
 BLOCK = tl.constexpr(64)  # steps of a tile
@@ -89,12 +89,12 @@ def attend(q: Tensor, kv: Tensor, start: Tensor, filled: Tensor) -> Tensor:
     (B, H, K), G, n = q.shape, kv.shape[1] // 2, kv.shape[2]
     R = H // G
     most = max(1, 4 * processors(q.device) // (B * G))
-    length = triton.cdiv(triton.cdiv(n, most), BLOCK.value * LEAST) * BLOCK.value * LEAST
-    count = triton.cdiv(n, length)
+    length = cdiv(cdiv(n, most), BLOCK.value * LEAST) * BLOCK.value * LEAST
+    count = cdiv(n, length)
     means, logs = scratch(q.device, (torch.float32, B * G, count, R, K), (torch.float32, B * G, count, R))
     y, half = torch.empty_like(q), q.dtype == kv.dtype and q.dtype.itemsize == 2
     numbers = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[q.dtype] if half else tl.float32
-    BR, BK = max(16, triton.next_power_of_2(R)), max(16, triton.next_power_of_2(K))
+    BR, BK = max(16, power_of_2(R)), max(16, power_of_2(K))
     args = (q.contiguous(), kv, start, filled, means, logs, n, length)
     constants, stages = (G, R, K, BR, BK, numbers, "tf32x3"), 2 if half else 1
     launch(parts, (count, B * G), args, constants, 4, stages, wgmma=False)

@@ -26,7 +26,7 @@ from riverrun.kernels.library import define
 
 from . import wide_cells
 from .gates import advance, get, optional, retreat
-from .launch import DEVICE, launch
+from .launch import DEVICE, cdiv, launch, power_of_2
 from .tiles import flat
 
 ROWS = tl.constexpr(8)  # sequences a program: the least that a matrix instruction takes as columns
@@ -207,11 +207,11 @@ def _launch(kind: str, x: Tensor, R: Tensor):
     switches = {"H": H, "BP": BP, "KIND": kind, "GATES": gates, "TILES": 1 if gates == 1 else 4}
     switches |= {"DOT": dot, "PREC": "tf32x3"}
     switches |= {"num_warps": max(1, BP // 16), "num_stages": 1}  # a warp has 16 rows of every gate
-    return (triton.cdiv(B, ROWS.value), H), (B, T, P), switches
+    return (cdiv(B, ROWS.value), H), (B, T, P), switches
 
 
 def _padded(P: int) -> int:
-    return max(16, triton.next_power_of_2(P))
+    return max(16, power_of_2(P))
 
 
 def _pad(states, count: int = 4) -> tuple:
@@ -298,9 +298,9 @@ def _sums(
 def _sums_by_head(dx: Tensor, dq: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
     """`_outer_sums` of narrow heads, each of which would leave a library's matrix product one program."""
     B, T, gates, H, P = dx.shape
-    parts = min(triton.cdiv(PROGRAMS, gates * H), triton.cdiv(B * T, 256))
-    length = triton.cdiv(triton.cdiv(B * T, parts), STEPS) * STEPS
-    parts = triton.cdiv(B * T, length)
+    parts = min(cdiv(PROGRAMS, gates * H), cdiv(B * T, 256))
+    length = cdiv(cdiv(B * T, parts), STEPS) * STEPS
+    parts = cdiv(B * T, length)
     dR, dc = (dx.new_empty(parts, gates, H, *s, dtype=torch.float32) for s in ((P, P), (P,)))
     args = (dx, dq, h, dR, dc, B * T, length, P)
     launch(_sums, (parts, gates, H), args, (H, _padded(P), gates, STEPS, "tf32x3"), 4, 3, wgmma=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 from .tiles import flat
 
 WIDEST = 32  # taps
@@ -148,8 +148,8 @@ def _backward(
 def _tile(x: Tensor) -> dict:
     """Threads along channels only, 16 bytes each, so that sums over a tile's times stay in the thread."""
     vector = 16 // x.element_size()
-    C = min(triton.next_power_of_2(x.shape[2]), 128 * vector)
-    times = min(8 if vector == 4 else 4, triton.next_power_of_2(x.shape[1]))
+    C = min(power_of_2(x.shape[2]), 128 * vector)
+    times = min(8 if vector == 4 else 4, power_of_2(x.shape[1]))
     return {"TIMES": times, "C": C, "num_warps": max(1, C // (32 * vector))}
 
 
@@ -161,7 +161,7 @@ def _steps(x: Tensor) -> Tensor:
 
 def _launch(x, w, c, state, reset, dy, y, tail, silu: bool) -> None:
     (B, T, D), tile, steps = x.shape, _tile(x), _steps(x)
-    grid = (triton.cdiv(T, tile["TIMES"]), triton.cdiv(D, tile["C"]), B)
+    grid = (cdiv(T, tile["TIMES"]), cdiv(D, tile["C"]), B)
     others = (flat(v) for v in (w, c, state, reset, dy))
     _forward[grid](steps, *others, y, tail, D, steps.stride(0), T, SILU=silu, W=w.shape[1], **tile)
 
@@ -174,7 +174,7 @@ def _run(x, w, c, state, reset, save, silu=False):
 
 def _run_backward(x, w, c, state, reset, y, tail, dy, dtail, silu=False):
     B, T, D = x.shape
-    W, pieces, tile, steps = w.shape[1], triton.cdiv(T, STRETCH), _tile(x), _steps(x)
+    W, pieces, tile, steps = w.shape[1], cdiv(T, STRETCH), _tile(x), _steps(x)
     dy = torch.zeros_like(y) if dy is None else dy
     if silu:
         dsum = torch.empty_like(y)
@@ -185,9 +185,9 @@ def _run_backward(x, w, c, state, reset, y, tail, dy, dtail, silu=False):
     dc = x.new_empty(B * pieces, D, dtype=torch.float32)
     dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     inputs = tuple(flat(v) for v in (w, state, reset, dy, dtail))
-    _backward[(pieces, triton.cdiv(D, tile["C"]), B)](
+    _backward[(pieces, cdiv(D, tile["C"]), B)](
         steps, *inputs, dx, dw, dc, dstate, D, steps.stride(0), T, STRETCH,
-        W=W, WP=triton.next_power_of_2(W), **tile,
+        W=W, WP=power_of_2(W), **tile,
     )  # fmt: skip
     return dx, dw.sum(0).to(w.dtype), None if c is None else dc.sum(0).to(c.dtype), dstate, None
 

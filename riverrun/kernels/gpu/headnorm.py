@@ -19,7 +19,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 
 ITEMS = 1024  # numbers of a tensor that a program of four warps holds
 PROGRAMS = 2048  # of the backward pass
@@ -101,8 +101,8 @@ def _backward(
 
 
 def _tile(P: int, rows: int) -> dict:
-    C = triton.next_power_of_2(P)
-    rows = max(1, min(ITEMS // C, triton.next_power_of_2(rows)))
+    C = power_of_2(P)
+    rows = max(1, min(ITEMS // C, power_of_2(rows)))
     return {"ROWS": rows, "C": C, "num_warps": max(1, min(16, rows * C // 256))}
 
 
@@ -117,7 +117,7 @@ def _flat(*tensors: Tensor | None) -> list[Tensor | None]:
 def _run(x, w, b, gate, r, k, v, rho, eps, save):
     (y,), (H, P), R = _fake(x), x.shape[-2:], x.numel() // x.shape[-1]
     tile = _tile(P, R)
-    _forward[(triton.cdiv(R, tile["ROWS"]),)](*_flat(x, w, b, gate, r, k, v, rho), y, R, H, P, eps, **tile)
+    _forward[(cdiv(R, tile["ROWS"]),)](*_flat(x, w, b, gate, r, k, v, rho), y, R, H, P, eps, **tile)
     return (y,)
 
 
@@ -125,8 +125,8 @@ def _run_backward(x, w, b, gate, r, k, v, rho, eps, dy):
     H, P = x.shape[-2:]
     R = x.numel() // (H * P)
     tile = _tile(P, R)
-    length = triton.cdiv(triton.cdiv(R * H, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
-    parts = triton.cdiv(R, length)
+    length = cdiv(cdiv(R * H, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
+    parts = cdiv(R, length)
     dx, dgate, dr, dk, dv = (None if t is None else _like(t) for t in (x, gate, r, k, v))
     sums = x.new_empty(3, parts, H * P, dtype=torch.float32)
     dw, db, drho = (None if t is None else s for t, s in zip((w, b, rho), sums, strict=True))

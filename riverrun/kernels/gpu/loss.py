@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DEVICE
+from .launch import DEVICE, power_of_2
 
 BLOCK = 4096  # logits of a row that a program holds at once
 
@@ -44,7 +44,7 @@ def losses_(logits: Tensor, targets: Tensor, scale: float, gradient: bool) -> Te
     """(n) losses in float32; `logits`, contiguous, become `scale` times their gradient if `gradient`."""
     n, V = logits.shape
     losses = logits.new_empty(n, dtype=torch.float32)
-    size = min(BLOCK, triton.next_power_of_2(V))
+    size = min(BLOCK, power_of_2(V))
     _rows[(n,)](logits, targets, losses, V, scale, gradient, size, num_warps=max(1, min(8, size // 256)))
     return losses
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from . import matrices, walk
 from .gradients import gradients, weights
-from .launch import launch
+from .launch import cdiv, launch, power_of_2
 from .outputs import outputs
 from .plan import (
     Inputs,
@@ -45,7 +45,6 @@ from .plan import (
     output_registers,
     output_values,
     pair_registers,
-    power,
     slice_of_keys,
     slice_of_values,
     sum_stages,
@@ -113,7 +112,7 @@ def fade(x: Inputs, made: Made, summed: bool) -> None:
     made.sums = x.new(x.B, x.T, x.H, x.K) if summed else None
     BK = min(x.BK, 64)
     launch(
-        matrices.fading, (-(-x.K // BK), x.chunks, x.B * x.H),
+        matrices.fading, (cdiv(x.K, BK), x.chunks, x.B * x.H),
         (x.q, x.k, x.a, x.b, x.g, made.q, made.k, made.b_in, made.a_out, made.sums, made.ends, x.T),
         (x.H, x.H // x.G, x.K, BK, x.C, x.rule, x.shift), 4,
     )  # fmt: skip
@@ -130,8 +129,8 @@ class Parts:
 
 
 def divide(x: Inputs) -> Parts:
-    chunks = -(-x.chunks // x.parts)
-    return Parts(-(-x.chunks // chunks), chunks)
+    chunks = cdiv(x.chunks, x.parts)
+    return Parts(cdiv(x.chunks, chunks), chunks)
 
 
 def cut(x: Inputs, made: Made) -> Parts:
@@ -147,9 +146,9 @@ def join(x: Inputs, count: int, local, width: int, total, total_width: int, nloc
     """The state and normaliser (or their gradients) with which each part is entered; `start`: the first."""
     part = (torch.float32, x.B * x.H, count, x.K)
     starts, nstarts = x.scratch((*part, x.V), None if nlocal is None else part)
-    BV = min(32, max(16, power(x.V)))
+    BV = min(32, max(16, power_of_2(x.V)))
     launch(
-        walk.join, (-(-x.V // BV), x.B * x.H),
+        walk.join, (cdiv(x.V, BV), x.B * x.H),
         (local, total, nlocal, *start, starts, nstarts, count, width),
         (x.K, x.V, x.BK, BV, x.blocks * x.BV, backwards, x.rule != "outer", total_width), 4, wgmma=False,
     )  # fmt: skip
@@ -193,7 +192,7 @@ def launch_outputs(x: Inputs, made: Made, states, nstates=None, dy=None):
     source, other = (made.k, made.q) if back else (made.q, made.k)
     BV, rows = output_values(x), min(x.C, 64)
     launch(
-        outputs, (-(-x.V // BV), x.chunks * (x.C // rows), x.B * x.H),
+        outputs, (cdiv(x.V, BV), x.chunks * (x.C // rows), x.B * x.H),
         (source, other, dy if back else x.v, x.G_sum, x.lw, x.lr, x.m, x.seg, made.A, states,
          None if back else nstates, y, den, x.T),
         (x.H, made.group, x.K, x.V, x.BK, BV, x.C, rows, x.decay, x.shift, back, x.CT, x.prec),
@@ -206,7 +205,7 @@ def launch_forward(x, made, p, S0, *, local=False, y=None, S1=None, keep=(None, 
     """`walk.forward` over all parts; `keep` is (states, errors) to write."""
     all = y is not None
     BV = x.BV if local else x.values(all)
-    blocks = -(-(p.width if local else x.V) // BV)
+    blocks = cdiv(p.width if local else x.V, BV)
     parts = p.count - 1 if local and not x.back else p.count  # only the backward asks for the last transition
     stages, carry = ahead(x, BV, all)
     launch(
@@ -289,7 +288,7 @@ def launch_weights(x: Inputs, value, w, dy, dx, dden):
 def rest(x, made, dy, dx, dden, errors, states, nstates, dstates, dnstates) -> dict[str, Tensor | None]:
     """All gradients but those of v and the state."""
     BK = slice_of_keys(x)
-    blocks, heads = -(-x.K // BK), (x.B, x.T, x.H)
+    blocks, heads = cdiv(x.K, BK), (x.B, x.T, x.H)
     dq, dk = (x.new(*heads, x.K, dtype=t.dtype) for t in (x.q, x.k))
     da, db = (None if t is None else torch.empty_like(t) for t in (x.a, x.b))
     dg = None if x.decay == 0 else torch.empty_like(x.g) if blocks == 1 else x.new(blocks, *heads)

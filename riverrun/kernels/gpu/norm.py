@@ -19,7 +19,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 
 PROGRAMS = 2048  # of the backward pass: what a multiprocessor holds at once, as waits for memory are long
 WIDEST = 16384  # channels of one group, which one program holds
@@ -103,8 +103,8 @@ def _backward(
 
 
 def _tile(x: Tensor, group: int, before: bool) -> dict:
-    M, C = x.shape[-1] // group, triton.next_power_of_2(group)
-    rows = max(1, min(1024 // C, triton.next_power_of_2(x.numel() // x.shape[-1])))
+    M, C = x.shape[-1] // group, power_of_2(group)
+    rows = max(1, min(1024 // C, power_of_2(x.numel() // x.shape[-1])))
     return {"M": M, "ROWS": rows, "C": C, "BEFORE": before, "num_warps": max(1, min(16, C * rows // 256))}
 
 
@@ -130,16 +130,16 @@ def _given(x, z, w, d, u, group):
 def _run(x, z, w, d, u, group, eps, before, save):
     y, R, tile = _like(x), x.numel() // x.shape[-1], _tile(x, group, before)
     given, strides = _given(x, z, w, d, u, group)
-    _forward[(triton.cdiv(R, tile["ROWS"]), tile["M"])](*given, y, R, group, *strides, eps, **tile)
+    _forward[(cdiv(R, tile["ROWS"]), tile["M"])](*given, y, R, group, *strides, eps, **tile)
     return (y,)
 
 
 def _run_backward(x, z, w, d, u, group, eps, before, dy):
     width, tile = x.shape[-1], _tile(x, group, before)
     R, M, ROWS = x.numel() // width, tile["M"], tile["ROWS"]
-    parts = min(triton.cdiv(R, ROWS), max(1, PROGRAMS // M))
-    length = triton.cdiv(triton.cdiv(R, parts), ROWS) * ROWS
-    parts = triton.cdiv(R, length)
+    parts = min(cdiv(R, ROWS), max(1, PROGRAMS // M))
+    length = cdiv(cdiv(R, parts), ROWS) * ROWS
+    parts = cdiv(R, length)
     dx, dz, du = (None if t is None else _like(t) for t in (x, z, u))
     dw, dd = (None if t is None else x.new_empty(parts, width, dtype=torch.float32) for t in (w, d))
     given, strides = _given(x, z, w, d, u, group)
@@ -198,11 +198,11 @@ def _unit_backward(x, dy, dx, R, H, K, XS, eps, ROWS: tl.constexpr, C: tl.conste
 
 
 def _unit_launch(kernel, x: Tensor, *others: Tensor, eps: float) -> None:
-    (H, K), C = x.shape[-2:], triton.next_power_of_2(x.shape[-1])
+    (H, K), C = x.shape[-2:], power_of_2(x.shape[-1])
     R, given = x.numel() // K, _rows(x, H * K)
-    rows = max(1, min(1024 // C, triton.next_power_of_2(R)))
+    rows = max(1, min(1024 // C, power_of_2(R)))
     warps = max(1, min(16, C * rows // 256))
-    kernel[(triton.cdiv(R, rows),)](given, *others, R, H, K, given.stride(0), eps, rows, C, num_warps=warps)
+    kernel[(cdiv(R, rows),)](given, *others, R, H, K, given.stride(0), eps, rows, C, num_warps=warps)
 
 
 def _run_unit(x, eps, save):

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import memory, step
-from .launch import launch
-from .plan import Inputs, length, power
+from .launch import cdiv, launch, power_of_2
+from .plan import Inputs, length
 from .tape import define
 
 
@@ -42,7 +42,7 @@ def fake_pairs(x: Tensor, *others: Tensor) -> Tensor:
     bf16 = all(t.dtype == torch.bfloat16 for t in (x, *others))
     C = length(bf16, False)
     B, T, H = x.shape[:3]
-    return x.new_empty(B * H, -(-T // C), C, C, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return x.new_empty(B * H, cdiv(T, C), C, C, dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
 def _fake(q, k, v, g, u, state, reset, save):
@@ -124,7 +124,7 @@ def stabilised(f: Tensor, i: Tensor, m0: Tensor | None, reset: Tensor | None) ->
     m, g, lw, mT = (torch.empty(s, device=f.device) for s in ((B, T, H), (B, T, H), (B, H, T), (B, H)))
     flag = None if reset is None else reset.contiguous().view(torch.uint8)
     m0 = None if m0 is None else m0.float().contiguous()
-    BT = min(1024, max(16, power(T)))
+    BT = min(1024, max(16, power_of_2(T)))
     launch(stabilise, (B * H,), (f.contiguous(), i.contiguous(), m0, flag, m, g, lw, mT, T), (H, BT), 4)
     return m, g, lw, mT
 
@@ -145,8 +145,8 @@ def _mlstm_backward(q, k, v, f, i, S0, n0, m0, reset, y, S, n, mT, m, g, lw, den
     lr, dden = torch.empty_like(lw), torch.empty_like(m)
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     _, T, H, V = y.shape
-    sizes, rows = (H, V, power(V), 16), m.numel()
-    launch(unnormalise, (-(-rows // 16),), (y, dy, den, m, lr, dden, T, rows), sizes, 4)
+    sizes, rows = (H, V, power_of_2(V), 16), m.numel()
+    launch(unnormalise, (cdiv(rows, 16),), (y, dy, den, m, lr, dden, T, rows), sizes, 4)
     x = Inputs("outer", q, k, v, g, lw=lw, lr=lr, m=m, state=S0, norm=n0, reset=reset, back=True)
     touched = not (dS is None and dn is None and dm is None)
     if touched:

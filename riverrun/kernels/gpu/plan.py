@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import chunk
-from .launch import launch, scratch
+from .launch import cdiv, launch, power_of_2, scratch
 
 
 @dataclass
@@ -58,9 +58,9 @@ class Inputs:
         self.C = length(bf16, self.inline and not self.back)
         # narrower tiles than these are not safe: Triton 3.6 miscompiles some of their products on Hopper
         self.least = (64, 32) if bf16 else (16, 16)
-        self.BK = max(self.least[0], power(self.K))
-        self.chunks = -(-self.T // self.C)
-        self.blocks = -(-self.V // self.BV)
+        self.BK = max(self.least[0], power_of_2(self.K))
+        self.chunks = cdiv(self.T, self.C)
+        self.blocks = cdiv(self.V, self.BV)
         self.G_sum, self.strengths = self.by_chunk()
 
     @property
@@ -88,18 +88,18 @@ class Inputs:
         few = self.B * self.H * self.V * self.parts <= 32 * processors(self.v.device)
         if self.rule != "outer" and (few or ahead(self, most, all)[0] < 2):
             most = min(most, 32)
-        return min(most, max(self.least[1], power(self.V)))
+        return min(most, max(self.least[1], power_of_2(self.V)))
 
     @property
     def state_tile(self) -> tuple[int, int]:
         """Keys and values of a state that a program of `walk.accumulate` holds."""
-        return min(64, self.BK), min(64, max(self.least[1], power(self.V)))
+        return min(64, self.BK), min(64, max(self.least[1], power_of_2(self.V)))
 
     @property
     def state_blocks(self) -> int:
         """Programs of `walk.accumulate` over which a state is spread."""
         BK, BV = self.state_tile
-        return -(-self.K // BK) * -(-self.V // BV)
+        return cdiv(self.K, BK) * cdiv(self.V, BV)
 
     @cached_property
     def parts(self) -> int:
@@ -111,7 +111,7 @@ class Inputs:
         if self.BK > 128:  # a transition has no room on the chip
             return 1
         # every part is walked twice, so that two of them are no gain
-        programs = self.B * self.H * -(-self.V // (64 if self.half else 32))
+        programs = self.B * self.H * cdiv(self.V, 64 if self.half else 32)
         parts = min(room // programs, self.chunks // 16)
         return parts if parts > 2 else 1
 
@@ -131,8 +131,8 @@ class Inputs:
         g, rows = self.g if self.decay == 1 else None, (torch.float32, self.B * self.H, self.chunks, self.C)
         G, strengths = self.scratch(*(None if x is None else rows for x in (g, self.beta)))
         if G is not None or strengths is not None:
-            BH = min(16, power(self.H))
-            grid = (self.chunks, -(-self.H // BH), self.B)
+            BH = min(16, power_of_2(self.H))
+            grid = (self.chunks, cdiv(self.H, BH), self.B)
             launch(chunk.by_chunk, grid, (g, self.beta, G, strengths, self.T), (self.H, BH, self.C), 4)
         return [G, strengths]
 
@@ -148,11 +148,6 @@ def length(bf16: bool, long: bool) -> int:
     return 32 if not bf16 else 128 if long else 64
 
 
-def power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
-
-
 @cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -165,7 +160,7 @@ def warps(x: Inputs) -> int:
 def output_values(x: Inputs) -> int:
     """Values a program of `outputs`."""
     most = 128 if x.half and x.BK <= 128 else 32
-    return min(most, max(x.least[1], power(x.V)))
+    return min(most, max(x.least[1], power_of_2(x.V)))
 
 
 def pair_registers(x: Inputs) -> int | None:
@@ -191,7 +186,7 @@ def slice_of_keys(x: Inputs) -> int:
 def slice_of_values(x: Inputs) -> int:
     """Values that `gradients` takes at once."""
     most = 128 if x.half else 64
-    return min(most, max(x.least[0], power(x.V)))
+    return min(most, max(x.least[0], power_of_2(x.V)))
 
 
 SHARED = 226 * 1024  # bytes of shared memory that tiles of a program may take

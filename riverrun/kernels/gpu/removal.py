@@ -17,7 +17,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 
 ITEMS = 1024  # numbers of a tensor that a program of four warps holds
 PROGRAMS = 2048  # of the backward pass
@@ -81,8 +81,8 @@ def _backward(
 
 
 def _tile(K: int, rows: int) -> dict:
-    C = triton.next_power_of_2(K)
-    rows = max(1, min(ITEMS // C, triton.next_power_of_2(rows)))
+    C = power_of_2(K)
+    rows = max(1, min(ITEMS // C, power_of_2(rows)))
     return {"ROWS": rows, "C": C, "num_warps": max(1, min(4, rows * C // 256))}
 
 
@@ -94,7 +94,7 @@ def _run(k, w, a, xi, alpha, decay, erase, eps, save):
     (H, K), R = k.shape[2:], k.shape[:3].numel()
     results, tile = _fake(k), _tile(K, R)
     inputs = (x.contiguous() for x in (k, w, a, xi, alpha))
-    grid = (triton.cdiv(R, tile["ROWS"]),)
+    grid = (cdiv(R, tile["ROWS"]),)
     _forward[grid](*inputs, *results, R, H, K, decay, erase, eps, **tile)
     return results
 
@@ -102,8 +102,8 @@ def _run(k, w, a, xi, alpha, decay, erase, eps, save):
 def _run_backward(k, w, a, xi, alpha, decay, erase, eps, *gradients):
     (H, K), R = k.shape[2:], k.shape[:2].numel()
     dk, dw, da, tile = _like(k), _like(w), _like(a), _tile(K, R)
-    length = triton.cdiv(triton.cdiv(R * H, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
-    parts = triton.cdiv(R, length)
+    length = cdiv(cdiv(R * H, PROGRAMS), tile["ROWS"]) * tile["ROWS"]
+    parts = cdiv(R, length)
     sums = k.new_empty(2, parts, H, K, dtype=torch.float32)
     inputs = (x.contiguous() for x in (k, w, a, xi, alpha, *gradients))
     _backward[(parts, H)](*inputs, dk, dw, da, *sums, R, H, K, decay, erase, eps, length, **tile)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import PLAIN, watched
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 
 ITEMS = 512  # pairs that a program of four warps holds
 
@@ -42,10 +42,10 @@ def _run(x, cos, sin, back):
     steps = x.reshape(-1, H * K)
     steps = steps if steps.stride(1) == 1 else steps.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    C, R = triton.next_power_of_2(K // 2), len(steps) * H
-    rows = max(1, min(ITEMS // C, triton.next_power_of_2(R)))
+    C, R = power_of_2(K // 2), len(steps) * H
+    rows = max(1, min(ITEMS // C, power_of_2(R)))
     warps = max(1, min(4, rows * C // 128))
-    _turn[(triton.cdiv(R, rows),)](
+    _turn[(cdiv(R, rows),)](
         steps, cos.contiguous(), sin.contiguous(), y, R, H, K // 2, steps.stride(0), rows, C, back,
         num_warps=warps,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 
 ITEMS = 1024  # numbers that a program of four warps holds
 
@@ -50,10 +50,10 @@ def _launch(kernel, x: Tensor, s: Tensor, *others: Tensor) -> None:
     H, P = x.shape[2:]
     steps = x.reshape(-1, H * P)
     steps = steps if steps.stride(1) == 1 else steps.contiguous()
-    C, R = triton.next_power_of_2(P), len(steps) * H
-    rows = max(1, min(ITEMS // C, triton.next_power_of_2(R)))
+    C, R = power_of_2(P), len(steps) * H
+    rows = max(1, min(ITEMS // C, power_of_2(R)))
     warps = max(1, min(4, rows * C // 256))
-    kernel[(triton.cdiv(R, rows),)](
+    kernel[(cdiv(R, rows),)](
         steps, s.contiguous(), *others, R, H, P, steps.stride(0), rows, C, num_warps=warps
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv
 from .tiles import flags, flat, shape, sweep, sweep_complex
 
 
@@ -195,12 +195,12 @@ def _plan(b: Tensor, backward: bool):
     # measured: few channels want long tiles forwards and short ones backwards
     if not b.is_complex() and (backward if C <= 16 else b.element_size() == 2):
         L = min(L, 4)
-    blocks = triton.cdiv(D, C)
+    blocks = cdiv(D, C)
     # a piece is worth a second reading of a and b when most of the chip would stand idle
     idle = B * blocks < 96
     pieces = max(1, min(32, 264 // (B * blocks), T // (2 * S * L))) if idle else 1
-    length = triton.cdiv(triton.cdiv(T, pieces), S * L) * S * L
-    pieces = triton.cdiv(T, length)
+    length = cdiv(cdiv(T, pieces), S * L) * S * L
+    pieces = cdiv(T, length)
     wide = torch.complex64 if b.is_complex() else torch.float32
     ends = b.new_empty(B, pieces, 2, D, dtype=wide) if pieces > 1 else None
     tile = {"S": S, "L": L, "C": C, "COMPLEX": b.is_complex(), "num_warps": warps, "STAGES": 3}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 from .tiles import flags, flat, sweep, sweep_before
 
 
@@ -160,12 +160,12 @@ def _backward(
 def _tile(x: Tensor) -> tuple[tuple[int, int], int, dict]:
     """Grid, number of tiles, tile: sixteen numbers a thread."""
     B, T, E = x.shape
-    vector, whole = 16 // x.element_size(), triton.next_power_of_2(T)
-    W = min(32, max(2, triton.next_power_of_2(E)))
+    vector, whole = 16 // x.element_size(), power_of_2(T)
+    W = min(32, max(2, power_of_2(E)))
     S = min(128 * vector // W, whole)
     L = min(16 // vector, whole // S)
     warps = max(1, min(4, S * W // (32 * vector)))
-    return (triton.cdiv(E, W), B), triton.cdiv(T, S * L), {"S": S, "L": L, "W": W, "num_warps": warps}
+    return (cdiv(E, W), B), cdiv(T, S * L), {"S": S, "L": L, "W": W, "num_warps": warps}
 
 
 def _run(x, dt, A, B, C, low, state, reset, save):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 from .tiles import flat
 
 WIDE = 256  # channels of a program, whose one warp loads 16 bytes of bfloat16 a thread
@@ -96,7 +96,7 @@ def _backward(
 def _sizes(x: Tensor) -> tuple[int, int, int, int]:
     """Rows, steps, channels, and channels of a program."""
     B, T, D = x.shape
-    return B * T, T, D, min(WIDE, triton.next_power_of_2(D))
+    return B * T, T, D, min(WIDE, power_of_2(D))
 
 
 def make(x: Tensor, mix: Tensor, last: Tensor | None, reset: Tensor | None, out: Tensor | None = None):
@@ -104,7 +104,7 @@ def make(x: Tensor, mix: Tensor, last: Tensor | None, reset: Tensor | None, out:
     R, T, D, C = _sizes(x)
     y = x.new_empty(mix.shape[0], *x.shape) if out is None else out
     inputs = (flat(v) for v in (x, mix, last, reset))
-    _forward[(triton.cdiv(R, 4), triton.cdiv(D, C))](*inputs, y, R, T, D, mix.shape[0], 4, C, num_warps=1)
+    _forward[(cdiv(R, 4), cdiv(D, C))](*inputs, y, R, T, D, mix.shape[0], 4, C, num_warps=1)
     return y
 
 
@@ -117,13 +117,13 @@ def unmake(x: Tensor, mix: Tensor, last: Tensor | None, reset: Tensor | None, d:
 
 def _gradients(x, mix, last, reset, dy):
     (R, T, D, C), N = _sizes(x), mix.shape[0]
-    parts = triton.cdiv(R, STRETCH)
+    parts = cdiv(R, STRETCH)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dmix = x.new_empty(parts, N, D, dtype=torch.float32)
     dlast = None if last is None else torch.empty_like(last, memory_format=torch.contiguous_format)
-    _backward[(parts, triton.cdiv(D, C))](
+    _backward[(parts, cdiv(D, C))](
         *(flat(v) for v in (x, mix, last, reset, dy)), dx, dmix, dlast, R, T, D, STRETCH,
-        N, triton.next_power_of_2(N), 4, C, num_warps=1,
+        N, power_of_2(N), 4, C, num_warps=1,
     )  # fmt: skip
     return dx, dmix.sum(0).to(mix.dtype), dlast, None
 

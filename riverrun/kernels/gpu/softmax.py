@@ -28,7 +28,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, power_of_2
 from .tiles import flags, flat, last, sweep
 
 WIDEST = 1024
@@ -188,9 +188,9 @@ def _backward(
 def _tile(s: Tensor, v: Tensor) -> dict:
     """As many segments as the threads hold rows of V values at once, and sixteen numbers a thread."""
     B, T, H, V = v.shape
-    C, vector = triton.next_power_of_2(V), 16 // v.element_size()
+    C, vector = power_of_2(V), 16 // v.element_size()
     warps = 8 if B * H < 200 else 4
-    whole = triton.next_power_of_2(T)
+    whole = power_of_2(T)
     S = min(max(warps * 32 * vector // C, 1), whole)
     L = min(16 // vector, max(whole // S, 1))
     while warps > 1 and S * C < warps * 32 * vector:

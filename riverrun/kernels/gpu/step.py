@@ -95,10 +95,10 @@ def launch(rule, q, k, v, g=None, a=None, b=None, u=None, beta=None, f=None, i=N
     n1 = m1 = None
     if rule == "mlstm":
         n1, m1 = S1.new_empty(B, H, K), S1.new_empty(B, H)
-    BK, BV = triton.next_power_of_2(K), min(32, triton.next_power_of_2(V))
+    BK, BV = kept.power_of_2(K), min(32, kept.power_of_2(V))
     decay = 0 if g is None else g.dim() - 2
     args = (*tensors, flag, S0, n0, m0, y, S1, n1, m1, T)
-    kept.launch(steps, (-(-V // BV), B * H), args, (H, H // G, K, V, BK, BV, rule, decay), 4)
+    kept.launch(steps, (kept.cdiv(V, BV), B * H), args, (H, H // G, K, V, BK, BV, rule, decay), 4)
     return (y, S1, n1, m1) if rule == "mlstm" else (y, S1)
 
 

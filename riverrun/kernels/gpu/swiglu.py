@@ -14,7 +14,7 @@ from torch import Tensor
 
 from riverrun.kernels.library import define
 
-from .launch import DEVICE
+from .launch import DEVICE, cdiv
 
 BLOCK = 1024
 
@@ -46,14 +46,14 @@ def _backward(x, dy, dx, y, N, BLOCK: tl.constexpr):
 
 def _run(x, save=False):
     (y,), N = _fake(x), x.shape[-1] // 2
-    _forward[(y.numel() // N, triton.cdiv(N, BLOCK))](x.contiguous(), y, N, BLOCK)
+    _forward[(y.numel() // N, cdiv(N, BLOCK))](x.contiguous(), y, N, BLOCK)
     return (y,)
 
 
 def _run_backward(x, dy, y=None):
     dx, N = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[-1] // 2
     rows = x.numel() // (2 * N)
-    _backward[(rows, triton.cdiv(N, BLOCK))](x.contiguous(), dy.contiguous(), dx, y, N, BLOCK)
+    _backward[(rows, cdiv(N, BLOCK))](x.contiguous(), dy.contiguous(), dx, y, N, BLOCK)
     return (dx,)
 
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, power_of_2
+
 
 @triton.jit
 def _join(a1, b1, a2, b2):
@@ -119,10 +121,10 @@ def shape(T: int, channels: int, batch: int, vector: int, steps: int) -> tuple[i
     C is as wide as leaves a program for every multiprocessor, and sixteen at least. S · C is what the threads
     hold at once, so that none of a segment's steps go to another thread.
     """
-    C = min(64, max(triton.next_power_of_2(channels), 2))
-    while C > 16 and batch * triton.cdiv(channels, C) < 200:
+    C = min(64, max(power_of_2(channels), 2))
+    while C > 16 and batch * cdiv(channels, C) < 200:
         C //= 2
-    warps, whole = 4, triton.next_power_of_2(T)
+    warps, whole = 4, power_of_2(T)
     S = max(1, min(warps * 32 * vector // C, whole))
     L = max(1, min(steps, whole // S))
     while warps > 1 and warps * 32 * vector > S * C:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gates import advance, get, get_gates, optional, put_gates, retreat
-from .launch import DEVICE
+from .launch import DEVICE, cdiv, power_of_2
 
 WIDEST = 1024
 PATIENCE = tl.constexpr(1 << 28)  # polls of a program in all its steps, some minutes of waiting
@@ -292,24 +292,24 @@ def _plan(kind: str, x: Tensor, R: Tensor, gates: int, turns: int):
     half = x.dtype == R.dtype and x.dtype.itemsize == 2
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype] if half else tl.float32
     folds, rows, units, room = 3, 16, 8, 1
-    tile = max(16 << folds, min(256, triton.next_power_of_2(P)))
-    tiles = triton.cdiv(P, tile)
+    tile = max(16 << folds, min(256, power_of_2(P)))
+    tiles = cdiv(P, tile)
     row = tiles * tile * dot.primitive_bitwidth // 8  # bytes of a unit's row of a gate's R, or of one h
     columns = 4 if turns == 1 < gates else turns  # rows of R a unit; forwards three are padded to four
     if DEVICE == "cuda":
         room = _processors(x.device)
 
         def launches() -> int:
-            return triton.cdiv(triton.cdiv(B, rows) * H, max(1, room // triton.cdiv(P, units)))
+            return cdiv(cdiv(B, rows) * H, max(1, room // cdiv(P, units)))
 
         fits = ON_CHIP // (columns * row)
-        while triton.cdiv(P, units) > room or (launches() > 1 and 2 * units <= min(fits, P)):
+        while cdiv(P, units) > room or (launches() > 1 and 2 * units <= min(fits, P)):
             units *= 2
         while launches() > 1 and rows < B and 2 * rows * row <= ON_CHIP // 2:
             rows *= 2
     else:
         units = tiles * tile  # the interpreter runs one program after another, so none can wait for the next
-    parts, groups = triton.cdiv(P, units), triton.cdiv(B, rows) * H
+    parts, groups = cdiv(P, units), cdiv(B, rows) * H
     registers = rows * tile * dot.primitive_bitwidth // 1024 >> folds  # of a thread, for one tile of h
     constants = {
         "H": H, "TILES": tiles, "TILE": tile, "ROWS": rows, "UNITS": units, "KIND": kind, "GATES": gates,

@@ -177,6 +177,19 @@ def test_diagonal_takes_a_decay_that_is_the_same_everywhere(shape, state, reset)
     close(*grads, "gradient of the vector")
 
 
+@pytest.mark.parametrize("of", ["a", "b", "dy"])
+def test_conjugates(of):
+    """PyTorch keeps a conjugate as a flag beside the numbers in memory, in inputs and in gradients."""
+    a, b = make("diagonal", "complex", Size(T=9), state=False, reset=False).args
+    flagged = {name: x.conj() if name == of else x for name, x in (("a", a), ("b", b), ("dy", b))}
+    assert flagged[of].is_conj()
+    a, b, dy = (x.detach().requires_grad_(name != "dy") for name, x in flagged.items())
+    y, y0 = (ops.diagonal(a, b, impl=impl)[0] for impl in ("cpu", "sequential"))
+    close(y, y0, "output")
+    for x, x0 in zip(*(torch.autograd.grad(out, (a, b), dy) for out in (y, y0)), strict=True):
+        close(x, x0, "gradient")
+
+
 @pytest.mark.parametrize("op, form", CASES)
 def test_gradcheck(op, form):
     case = make(op, form, Size(B=1, T=4, H=1, V=2, D=2, N=2, W=3))

@@ -12,9 +12,10 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 from triton.runtime import interpreter
 
 from riverrun import doctor, ops
-from riverrun.kernels.gpu import KERNELS, norm, swiglu
+from riverrun.kernels.gpu import KERNELS, norm, scan, swiglu
 from riverrun.kernels.gpu import loss as gpu_loss
 from riverrun.kernels.gpu.launch import DEVICE
+from riverrun.kernels.gpu.tape import repeated
 from riverrun.nn import GatedMLP, GatedRMSNorm, unit
 from riverrun.state import leaves
 from riverrun.testing import exactness, inputs
@@ -211,6 +212,37 @@ def test_signed_decays_near_one_are_exact(monkeypatch):
     decay = 1.3 * torch.exp(args[1][0, 0].double() * A[0].double()) - 0.3
     expected = 0.01 * decay ** torch.arange(65)
     torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", inputs.FORMS["diagonal"])
+def test_repeated_calls(form):
+    """The third call of a kind repeats the second with its own tensors: the bits of a call by itself."""
+    forward, backward = repeated(scan._run), repeated(scan._run_backward)
+    for seed in range(4):
+        case = inputs.make("diagonal", form, Size(T=40, D=5), seed).to(torch.float32, DEVICE)
+        for state in (case.state, None):
+            for dh in (case.state, None):
+                given = (*case.args, state, case.reset)
+                y, h = forward(*given, True)
+                found = y, h, *backward(*given, y, h, y, dh)
+                y, h = scan._run(*given, True)
+                for a, b in zip(found, (y, h, *scan._run_backward(*given, y, h, y, dh)), strict=True):
+                    assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("of", ["a", "b", "dy"])
+def test_conjugates(of):
+    """As on the CPU: flags beside the numbers in memory."""
+    case = inputs.make("diagonal", "complex", Size(T=9), state=False, reset=False).to(torch.complex64, DEVICE)
+    a, b = case.args
+    a, b, dy = (
+        (x.conj() if name == of else x).detach().requires_grad_(name != "dy")
+        for name, x in (("a", a), ("b", b), ("dy", b))
+    )
+    y, y0 = scan.diagonal(a, b)[0], ops.diagonal(a, b, impl="sequential")[0]
+    torch.testing.assert_close(y, y0)
+    for x, x0 in zip(*(torch.autograd.grad(out, (a, b), dy) for out in (y, y0)), strict=True):
+        torch.testing.assert_close(x, x0)
 
 
 @on_gpu

@@ -111,14 +111,14 @@ def define(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None):
-            if torch.is_grad_enabled() or watched():
+            if torch.is_grad_enabled() or watched() or any(map(unmade, grads)):
                 return run_autograd(ctx, *grads)
             return *backward(*arguments(ctx, grads)), *[None] * (given - tensors)
 
     def call(*args: Any) -> tuple[Tensor, ...]:
         some = [x for x in args[:tensors] if x is not None]
         save = torch.is_grad_enabled() and any(x.requires_grad for x in some)
-        if watched() or any(type(x) not in PLAIN for x in some):
+        if watched() or any(type(x) not in PLAIN or unmade(x) for x in some):
             return several(op(*args, save))[:outputs]
         return Direct.apply(*args) if save else forward(*args, False)[:outputs]
 
@@ -133,6 +133,11 @@ def watched() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def unmade(x: Tensor | None) -> bool:
+    """Whether its numbers are conjugates or negatives of those in memory; operators are given others."""
+    return x is not None and (x.is_conj() or x.is_neg())
 
 
 def several(results: Any) -> tuple[Tensor, ...]:

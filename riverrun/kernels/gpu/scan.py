@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from riverrun.kernels.library import define
-
-from .launch import DEVICE, cdiv
+from .launch import cdiv, launch
+from .tape import define
 from .tiles import flags, flat, shape, sweep, sweep_complex
+
+STAGES = 3  # tiles in flight
 
 
 @triton.jit
@@ -91,8 +92,8 @@ def _enter(start, ends, row, piece, pieces, c, D, COMPLEX: tl.constexpr):
 @triton.jit
 def _forward(
     a, b, start, reset, ends, y, final, T, D, LENGTH,
-    S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, COMPLEX: tl.constexpr,
-    STAGES: tl.constexpr,
+    S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, COMPLEX: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks, B, pieces of LENGTH steps). SUMMARY writes (product, end) to `ends` and no y."""
     c, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1).to(tl.int64)
@@ -129,8 +130,8 @@ def _forward(
 @triton.jit
 def _backward(
     a, y, start, reset, ends, dy, dfinal, da, db, dstart, T, D, LENGTH,
-    S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, COMPLEX: tl.constexpr,
-    STAGES: tl.constexpr,
+    S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, COMPLEX: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """As `_forward`, with u = T - 1 - t for time: the decay into step u is ā_{t+1}, and what enters is
     dy_t."""
@@ -203,33 +204,31 @@ def _plan(b: Tensor, backward: bool):
     pieces = cdiv(T, length)
     wide = torch.complex64 if b.is_complex() else torch.float32
     ends = b.new_empty(B, pieces, 2, D, dtype=wide) if pieces > 1 else None
-    tile = {"S": S, "L": L, "C": C, "COMPLEX": b.is_complex(), "num_warps": warps, "STAGES": 3}
-    return (blocks, B, pieces), length, ends, tile
+    return (blocks, B, pieces), length, ends, (S, L, C, b.is_complex(), STAGES), warps
 
 
-def _launch(kernel, grid, ends, tensors: tuple, out: tuple, sizes: tuple, tile: dict) -> None:
-    if ends is not None:
-        kernel[grid](*tensors, *out, *sizes, **tile, SUMMARY=True)
-    kernel[grid](*tensors, *out, *sizes, **tile, SUMMARY=False)
+def _launch(kernel, plan: tuple, tensors: tuple, out: tuple, T: int, D: int) -> None:
+    grid, length, ends, tile, warps = plan
+    args = (*(flat(x) for x in tensors), *(flat(x) for x in out), T, D, length)
+    for summary in (False,) if ends is None else (True, False):
+        launch(kernel, grid, args, (*tile, summary), warps, STAGES)
 
 
 def _run(a, b, state, reset, save):
-    B, T, D = b.shape
+    _, T, D = b.shape
     y, final = _fake(a, b, state, reset, save)
-    grid, length, ends, tile = _plan(b, backward=False)
-    tensors = tuple(flat(x) for x in (a, b, state, reset, ends))
-    _launch(_forward, grid, ends, tensors, (flat(y), flat(final)), (T, D, length), tile)
+    plan = _plan(b, backward=False)
+    _launch(_forward, plan, (a, b, state, reset, plan[2]), (y, final), T, D)
     return y, final
 
 
 def _run_backward(a, b, state, reset, y, h, dy, dh):
-    B, T, D = b.shape
+    _, T, D = b.shape
     dy = torch.zeros_like(y) if dy is None else dy
-    grid, length, ends, tile = _plan(b, backward=True)
+    plan = _plan(b, backward=True)
     da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))
     dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-    tensors = tuple(flat(x) for x in (a, y, state, reset, ends, dy, dh))
-    _launch(_backward, grid, ends, tensors, tuple(flat(x) for x in (da, db, dstate)), (T, D, length), tile)
+    _launch(_backward, plan, (a, y, state, reset, plan[2], dy, dh), (da, db, dstate), T, D)
     return da, db, dstate, None
 
 
@@ -240,9 +239,8 @@ def _fake(a, b, state, reset, save):
 
 
 _diagonal = define(
-    "diagonal_gpu", "Tensor a, Tensor b, Tensor? state, Tensor? reset", 2, 0, DEVICE, _run, _run_backward,
-    _fake
-)  # fmt: skip
+    "diagonal_gpu", "Tensor a, Tensor b, Tensor? state, Tensor? reset", 2, 0, _run, _run_backward, _fake
+)
 
 
 def diagonal(

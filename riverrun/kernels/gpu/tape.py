@@ -222,7 +222,7 @@ def define(
     name: str, inputs: str, outputs: int, saved: int, forward: Callable[..., Any],
     backward: Callable[..., Any], fake: Callable[..., tuple[Any, ...]],
 ) -> Callable[..., tuple[Any, ...]]:  # fmt: skip
-    """`library.define` on CUDA with `repeated` calls."""
+    """`library.define` with `repeated` calls."""
 
     def following(*args: Any) -> list[Call]:
         """If anything is saved, the backward that this will lead to, of the first output alone."""
@@ -232,5 +232,5 @@ def define(
         return [(backward, (*args[:-1], *made, torch.empty_like(made[0]), *[None] * (outputs - 1)))]
 
     return library.define(
-        name, inputs, outputs, saved, "cuda", repeated(forward, following), repeated(backward), fake
+        name, inputs, outputs, saved, DEVICE, repeated(forward, following), repeated(backward), fake
     )

@@ -99,7 +99,8 @@ def matrices(name: str) -> Form:
 
 def scan(dtype: torch.dtype) -> Form:
     def inputs(B: int, T: int, D: int) -> tuple:
-        return leaves(torch.rand(B, T, D, device="cuda").to(dtype), normal(B, T, D, dtype=dtype))
+        a, b = torch.rand(B, T, D, device="cuda"), torch.randn(B, T, D, device="cuda", dtype=dtype)
+        return leaves(torch.polar(a, 6.3 * torch.rand_like(a)) if dtype.is_complex else a.to(dtype), b)
 
     def floor(B: int, T: int, D: int) -> tuple[float, float]:
         size = B * T * D * dtype.itemsize
@@ -141,6 +142,7 @@ NAMES = ("outer-head", "outer-key", "mlstm", "delta", "delta-head", "delta-key",
 FORMS = {name: matrices(name) for name in NAMES} | {
     "diagonal-float32": scan(torch.float32),
     "diagonal": scan(torch.bfloat16),
+    "diagonal-complex": scan(torch.complex64),
     "lstm-heads": lstm(HEADS),
     "lstm-full": lstm(1),
 }

@@ -79,19 +79,21 @@ def measure(call, wanted, dy, rep: int = 60) -> dict[str, float]:
     return {"forward": forward, "both": whole, "MiB": peak}
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float64))
+
+
 @cache
 def error(form: str, small: tuple[int, ...]) -> float:
     """The largest relative error of ours over y and all gradients."""
     torch.manual_seed(0)
     args = FORMS[form].inputs(*small)
-    exact = tuple(None if x is None else x.detach().double().requires_grad_() for x in args)
+    exact = tuple(None if x is None else wide(x).requires_grad_() for x in args)
     y, y64 = FORMS[form].ours(*args), FORMS[form].exact(*exact)
     dy = torch.randn_like(y)
     found = torch.autograd.grad(y, [x for x in args if x is not None], dy)
-    true = torch.autograd.grad(y64, [x for x in exact if x is not None], dy.double())
-    return max(
-        float((a.double() - b).norm() / b.norm()) for a, b in zip((y, *found), (y64, *true), strict=True)
-    )
+    true = torch.autograd.grad(y64, [x for x in exact if x is not None], wide(dy))
+    return max(float((wide(a) - b).norm() / b.norm()) for a, b in zip((y, *found), (y64, *true), strict=True))
 
 
 def say(word: str, value) -> None:

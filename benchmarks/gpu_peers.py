@@ -159,6 +159,7 @@ PEERS = {
     "attention": {"PyTorch SDPA": sdpa},
     "diagonal-float32": SCANS,
     "diagonal": SCANS,
+    "diagonal-complex": {"accelerated-scan Triton": partial(accelerated_scan, kernel="complex")},
     "lstm-heads": {
         "cuDNN LSTM, full": cudnn_lstm,
         "flashrnn, CUDA": partial(flashrnn, backend="cuda_fused"),

@@ -214,6 +214,23 @@ def test_signed_decays_near_one_are_exact(monkeypatch):
     torch.testing.assert_close(y[0, :, 0].double(), expected, rtol=4e-6, atol=0)
 
 
+@interpreted
+@pytest.mark.parametrize("form", inputs.FORMS["diagonal"])
+def test_pieces_of_time(form, monkeypatch):
+    """Few channels and many steps: several programs for one sequence, here with tiles of eight steps."""
+    monkeypatch.setattr(scan, "shape", lambda *sizes: (4, 2, 4, 1))
+    case = inputs.make("diagonal", form, Size(T=83)).to(torch.float32)
+    a, b, h = (x.requires_grad_() for x in (*case.args, case.state))
+    assert scan._plan(b, False)[0][2] > 1
+    found = scan.diagonal(a, b, h, case.reset)
+    true = ops.diagonal(a, b, state=h, reset=case.reset, impl="sequential")
+    for x, y in zip(found, true, strict=True):
+        torch.testing.assert_close(x, y)
+    grads = (torch.autograd.grad(out, (a, b, h), (b, h)) for out in (found, true))
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)  # sums of 83 numbers in another order
+
+
 @pytest.mark.parametrize("form", inputs.FORMS["diagonal"])
 def test_repeated_calls(form):
     """The third call of a kind repeats the second with its own tensors: the bits of a call by itself."""

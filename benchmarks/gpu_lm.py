@@ -34,7 +34,7 @@ from statistics import median
 
 import gpu_peers
 import torch
-from gpu_lm_models import DEPTH, PEERS, STACKS, VOCABULARY, WIDTH, made, ours
+from gpu_lm_models import DEPTH, OURS, PEERS, STACKS, VOCABULARY, WIDTH, made, ours
 from torch import Tensor
 
 from riverrun import ops
@@ -199,7 +199,7 @@ def prepare(stacks: list[str], peers: bool, configs: int, seconds: float) -> Ite
     """Compile and tune for every stack, all at once; what each took."""
     start, jobs = time.perf_counter(), {}
     for stack in stacks:
-        for side in ("ours", *(["peer"] if peers else [])):
+        for side in (OURS, *(PEERS[stack] if peers else ())):
             command = [sys.executable, __file__, "--one", stack, side, "--configs", str(configs)]
             jobs[stack, side] = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -220,7 +220,7 @@ def one(stack: str, side: str) -> None:
     for T, found in training(stack, side, 0.0, 400, depth):
         took = f"{time.perf_counter() - Clock.start:.0f} s"
         print(f"T = {T}: {found if isinstance(found, str) else took}", end="; ", flush=True)
-    if side == "ours":
+    if side == OURS:
         model = ours(stack, depth)
         for batch in BATCHES:
             found = guarded(200, decoding, model, batch, 1024, 0.0)
@@ -228,20 +228,22 @@ def one(stack: str, side: str) -> None:
 
 
 def train_rows(stacks: list[str], peers: bool, seconds: float) -> Iterator[str]:
-    yield "| stack | T | side | tokens a second | of the peer | peak GiB | first loss | weights, M |"
+    yield "| stack | T | side | tokens a second | of the best peer | peak GiB | first loss | weights, M |"
     yield "|---|---:|---|---:|---:|---:|---:|---:|"
     for stack in stacks:
-        found = dict(training(stack, "ours", seconds, 60))
-        others = dict(training(stack, "peer", seconds, 30)) if peers else {}
+        sides = (OURS, *(PEERS[stack] if peers else ()))
+        found = {side: dict(training(stack, side, seconds, 60 if side == OURS else 30)) for side in sides}
         for T in LENGTHS:
-            both = isinstance(found[T], tuple) and isinstance(others.get(T), tuple)
-            ratio = f"{found[T][0] / others[T][0]:.2f}" if both else ""
-            for side, x, of in (("riverrun", found[T], ratio), (PEERS[stack][0], others.get(T), "")):
-                if isinstance(x, tuple):
-                    numbers = f"{x[0]:,.0f} | {of} | {x[1]:.1f} | {x[2]:.3f} | {x[3]:.0f}"
-                    yield f"| {stack} | {T:,} | {side} | {numbers} |"
-                elif x is not None:
+            speeds = [found[side][T][0] for side in sides if isinstance(found[side][T], tuple)]
+            for side in sides:
+                x, ratio = found[side][T], ""
+                if isinstance(x, str):
                     yield f"| {stack} | {T:,} | {side} | {x} | | | | |"
+                    continue
+                if side == OURS and len(speeds) > 1:
+                    ratio = f"{speeds[0] / max(speeds[1:]):.2f}"
+                numbers = f"{x[0]:,.0f} | {ratio} | {x[1]:.1f} | {x[2]:.3f} | {x[3]:.0f}"
+                yield f"| {stack} | {T:,} | {side} | {numbers} |"
 
 
 def cache_gib(stack: str, tokens: int) -> float:

@@ -1,13 +1,15 @@
 """The language models of gpu_lm.py: ours, and those they are compared with.
 
 `made(stack, side, depth)` gives a model in bfloat16 on the GPU and `loss(tokens)`, the mean over its next
-tokens. Peers have the sizes of ours: width, depth, vocabulary, tied embeddings, and feed-forward layers of as
-many weights.
+tokens; `side` is "riverrun" or one of the stack's `PEERS`. Peers have the sizes of ours: width, depth,
+vocabulary, tied embeddings, and feed-forward layers of as many weights.
 
     gla, gated_deltanet, rwkv7    fla's own models, with its fused norms, convolutions and cross entropy
     hybrid                        fla's Gated DeltaNet, every fourth layer attention: fla's needs flash-attn,
                                   so this one has its projections and rotary, and PyTorch's attention
-    mamba2                        fla's layer needs mamba-ssm, so ours around fla's simple_gla
+    mamba2                        fla's layer between its other layers; it needs mamba-ssm's Triton files, and
+                                  of its ways through them takes the one that knows no causal-conv1d; and
+                                  ours around fla's simple_gla, a faster kernel for the same
     attention                     transformers' Llama with PyTorch's attention, and our cross entropy
 
 fla refuses its gated backward on Hopper with Triton 3.4 to 3.7.0, where some of its gradients are wrong; the
@@ -38,6 +40,8 @@ MIXERS = {
 }
 STACKS = {name: name for name in MIXERS} | {"hybrid": "3 gated_deltanet + 1 attention"}
 
+OURS = "riverrun"
+
 Loss = Callable[[Tensor], Tensor]
 Make = Callable[[int], tuple[nn.Module, Loss]]
 
@@ -53,9 +57,9 @@ def ours(stack: str, depth: int = DEPTH, vocabulary: int = VOCABULARY) -> Langua
 
 
 def made(stack: str, side: str, depth: int) -> tuple[nn.Module, Loss]:
-    """A model and its loss; `side` is "ours" or "peer"."""
-    if side == "peer":
-        return PEERS[stack][1](depth)
+    """A model and its loss."""
+    if side != OURS:
+        return PEERS[stack][side](depth)
     model = ours(stack, depth)
     return model, lambda tokens: loss_of(model, tokens)
 
@@ -87,6 +91,11 @@ def of_fla(config: str, model: str, **settings: Any) -> Make:
     return make
 
 
+gated_deltanet = of_fla(
+    "GatedDeltaNetConfig", "GatedDeltaNetForCausalLM", num_heads=6, head_dim=128, expand_v=1.0
+)
+
+
 class Attention(nn.Module):
     """In the place of fla's, and called as that is."""
 
@@ -107,9 +116,21 @@ class Attention(nn.Module):
 
 
 def mixed(depth: int) -> tuple[nn.Module, Loss]:
-    model, loss = PEERS["gated_deltanet"][1](depth)
+    model, loss = gated_deltanet(depth)
     for layer in model.model.layers[3::4]:
         layer.attn = Attention().to("cuda", torch.bfloat16)
+    return model, loss
+
+
+def mamba2(depth: int) -> tuple[nn.Module, Loss]:
+    from fla.layers import mamba2 as layers
+
+    if not layers.is_fast_path_available:
+        raise RuntimeError("mamba-ssm's Triton files are not to be found")
+    model, loss = gated_deltanet(depth)
+    sizes = dict(hidden_size=WIDTH, num_heads=24, head_dim=64, state_size=128, expand=2, backend="triton")
+    for layer in model.model.layers:
+        layer.attn = layers.Mamba2(**sizes).to("cuda", torch.bfloat16).eval()  # there is no dropout
     return model, loss
 
 
@@ -152,14 +173,11 @@ def around_simple_gla(depth: int) -> tuple[nn.Module, Loss]:
     return model, loss
 
 
-PEERS: dict[str, tuple[str, Make]] = {
-    "mamba2": ("ours around fla's simple_gla", around_simple_gla),
-    "gla": ("fla", of_fla("GLAConfig", "GLAForCausalLM", num_heads=6)),
-    "gated_deltanet": (
-        "fla",
-        of_fla("GatedDeltaNetConfig", "GatedDeltaNetForCausalLM", num_heads=6, head_dim=128, expand_v=1.0),
-    ),
-    "rwkv7": ("fla", of_fla("RWKV7Config", "RWKV7ForCausalLM", head_dim=64, intermediate_size=3072)),
-    "attention": ("transformers, SDPA", llama),
-    "hybrid": ("fla, its attention PyTorch's", mixed),
+PEERS: dict[str, dict[str, Make]] = {
+    "mamba2": {"fla, mamba-ssm's SSD": mamba2, "ours around fla's simple_gla": around_simple_gla},
+    "gla": {"fla": of_fla("GLAConfig", "GLAForCausalLM", num_heads=6)},
+    "gated_deltanet": {"fla": gated_deltanet},
+    "rwkv7": {"fla": of_fla("RWKV7Config", "RWKV7ForCausalLM", head_dim=64, intermediate_size=3072)},
+    "attention": {"transformers, SDPA": llama},
+    "hybrid": {"fla, its attention PyTorch's": mixed},
 }

@@ -43,7 +43,8 @@ def define(
     Only float tensors get gradients, of their own shapes and dtypes. If `saved` is None, the backward gets
     inputs and gradients only, zeros for those that are absent. `fake(*inputs, save)` returns empty outputs
     and saved tensors of the right shapes. The function that is returned takes the inputs and gives the
-    outputs only. Where nobody watches operators, it calls `forward` and `backward` directly.
+    outputs only. Where nobody watches operators, it calls `forward` and `backward` directly. They never get
+    a conjugate or a negative that PyTorch keeps as a flag.
     """
     kinds = [part.split()[0] for part in inputs.split(",")]
     tensors, given = sum(kind.startswith("Tensor") for kind in kinds), len(kinds)
@@ -136,7 +137,7 @@ def watched() -> bool:
 
 
 def unmade(x: Tensor | None) -> bool:
-    """Whether its numbers are conjugates or negatives of those in memory; operators are given others."""
+    """Whether its numbers are conjugates or negatives of those in memory: the dispatcher makes them."""
     return x is not None and (x.is_conj() or x.is_neg())
 
 

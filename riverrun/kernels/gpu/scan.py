@@ -207,28 +207,24 @@ def _plan(b: Tensor, backward: bool):
     return (blocks, B, pieces), length, ends, (S, L, C, b.is_complex(), STAGES), warps
 
 
-def _launch(kernel, plan: tuple, tensors: tuple, out: tuple, T: int, D: int) -> None:
-    grid, length, ends, tile, warps = plan
-    args = (*(flat(x) for x in tensors), *(flat(x) for x in out), T, D, length)
+def _launch(kernel, inputs: tuple, others: tuple, b: Tensor) -> None:
+    grid, length, ends, tile, warps = _plan(b, kernel is _backward)
+    args = (*map(flat, (*inputs, ends, *others)), *b.shape[1:], length)
     for summary in (False,) if ends is None else (True, False):
         launch(kernel, grid, args, (*tile, summary), warps, STAGES)
 
 
 def _run(a, b, state, reset, save):
-    _, T, D = b.shape
     y, final = _fake(a, b, state, reset, save)
-    plan = _plan(b, backward=False)
-    _launch(_forward, plan, (a, b, state, reset, plan[2]), (y, final), T, D)
+    _launch(_forward, (a, b, state, reset), (y, final), b)
     return y, final
 
 
 def _run_backward(a, b, state, reset, y, h, dy, dh):
-    _, T, D = b.shape
     dy = torch.zeros_like(y) if dy is None else dy
-    plan = _plan(b, backward=True)
     da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))
     dstate = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-    _launch(_backward, plan, (a, y, state, reset, plan[2], dy, dh), (da, db, dstate), T, D)
+    _launch(_backward, (a, y, state, reset), (dy, dh, da, db, dstate), b)
     return da, db, dstate, None
 
 

@@ -1,9 +1,9 @@
 """What a call allocates and launches, recorded once and repeated for other tensors of the same kind.
 
-Between the launches of a small op Python takes longer than the GPU: inputs are described, plans
-made, kernels looked up. All of it depends on dtypes, shapes, strides and alignment only. So the second call
-with arguments of one kind is recorded, every operator of PyTorch and every `launch` in order, and calls after
-it go through that list with their own tensors' addresses. A tensor is let go where it was last used.
+Between the launches of a small op Python takes longer than the GPU: inputs are described, plans made, kernels
+looked up. All of it depends on dtypes, shapes, strides and alignment only. So the second call with arguments
+of one kind is recorded, every operator of PyTorch and every `launch` in order, and calls after it go through
+that list with their own tensors' addresses. A tensor is let go where it was last used.
 
 The first call of a kind whose kernels there are not yet compiles all of them at once, and with them those of
 the backward that will follow.

@@ -21,21 +21,22 @@ from torch import Tensor
 
 from .launch import cdiv, launch
 from .tape import define
-from .tiles import flags, flat, shape, sweep, sweep_complex
+from .tiles import flags, flat, shape, spread, sweep_complex, sweep_rows
 
 STAGES = 3  # tiles in flight
 
 
 @triton.jit
 def _get(x, base, at, inside, other, COMPLEX: tl.constexpr):
-    """Real and imaginary parts of x[base + at] in float32; `base` is a scalar of 64 bits."""
+    """Real and imaginary parts of x[base + at] in float32; `base` is a scalar of 64 bits. Complex numbers are
+    pairs along the last axis of `at` and `inside`."""
     if COMPLEX:
-        pair = tl.arange(0, 2)
-        at, inside = tl.expand_dims(at * 2, -1) + pair, tl.expand_dims(inside, -1)
-        filler = tl.where(pair == 0, other, 0.0)
-        re, im = tl.split(
-            tl.where(inside, tl.load(x + base * 2 + at, mask=inside, other=0.0).to(tl.float32), filler)
-        )
+        v = tl.load(x + base * 2 + at, mask=inside, other=(1 - (at & 1)) * other)
+        if len(v.shape) == 1:
+            v = tl.reshape(v, [v.shape[0] // 2, 2])
+        else:
+            v = tl.reshape(v, [v.shape[0], v.shape[1] // 2, 2])
+        re, im = tl.split(v.to(tl.float32))
     else:
         re = tl.load(x + base + at, mask=inside, other=other).to(tl.float32)
         im = re
@@ -45,8 +46,8 @@ def _get(x, base, at, inside, other, COMPLEX: tl.constexpr):
 @triton.jit
 def _put(x, base, at, inside, re, im, COMPLEX: tl.constexpr):
     if COMPLEX:
-        at, inside = tl.expand_dims(at * 2, -1) + tl.arange(0, 2), tl.expand_dims(inside, -1)
-        tl.store(x + base * 2 + at, tl.join(re, im).to(x.dtype.element_ty), mask=inside)
+        v = tl.reshape(tl.join(re, im), at.shape)
+        tl.store(x + base * 2 + at, v.to(x.dtype.element_ty), mask=inside)
     else:
         tl.store(x + base + at, re.to(x.dtype.element_ty), mask=inside)
 
@@ -56,7 +57,7 @@ def _tile_sweep(ar, ai, br, bi, hr, hi, COMPLEX: tl.constexpr):
     if COMPLEX:
         yr, yi, hr, hi, pr, pi = sweep_complex(ar, ai, br, bi, hr, hi)
     else:
-        yr, hr, pr = sweep(ar, br, hr)
+        yr, hr, pr = sweep_rows(ar, br, hr)
         yi, hi, pi = yr, hr, pr
     return yr, yi, hr, hi, pr, pi
 
@@ -72,11 +73,10 @@ def _times(ar, ai, br, bi, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _enter(start, ends, row, piece, pieces, c, D, COMPLEX: tl.constexpr):
+def _enter(hr, hi, start, ends, row, piece, pieces, c, D, COMPLEX: tl.constexpr):
     """The state before this piece: `start` (B, D) carried through the (product, end) pairs of the pieces
     before it."""
-    inside = c < D
-    hr, hi = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
+    inside = c < D * (1 + COMPLEX)
     if start is not None:
         hr, hi = _get(start, row * D, c, inside, 0.0, COMPLEX)
     if ends is not None:
@@ -90,29 +90,38 @@ def _enter(start, ends, row, piece, pieces, c, D, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def _places(S: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    """Of a tile of rows the times, those by (step, segment), and the channels."""
+    i, j = tl.arange(0, L)[:, None], tl.arange(0, S * C)[None, :]
+    return j // C * L + i, tl.arange(0, S)[None, :] * L + i, tl.program_id(0) * C + j % C
+
+
+@triton.jit
 def _forward(
     a, b, start, reset, ends, y, final, T, D, LENGTH,
     S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, COMPLEX: tl.constexpr, STAGES: tl.constexpr,
     SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel blocks, B, pieces of LENGTH steps). SUMMARY writes (product, end) to `ends` and no y."""
-    c, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1).to(tl.int64)
+    W: tl.constexpr = C * (1 + COMPLEX)  # numbers of a block's channels at a time
+    c, row = tl.program_id(0) * W + tl.arange(0, W), tl.program_id(1).to(tl.int64)
+    width = D * (1 + COMPLEX)
     piece, pieces = tl.program_id(2), tl.num_programs(2)
-    # in the tile's own order, so that the steps of a segment lie in one thread
-    t = tl.arange(0, S)[:, None] * L + tl.arange(0, L)[None, :]
+    t, of_segment, channel = _places(S, L, W)
     begin = piece * LENGTH
     end = tl.minimum(T, begin + LENGTH)
-    at, here = t[:, :, None] * D + c[None, None, :], (c < D)[None, None, :]
+    at, here = t * width + channel, channel < width
     hr, hi = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     pr, pi = tl.full([C], 1.0, tl.float32), tl.zeros([C], tl.float32)
     if not SUMMARY:
-        hr, hi = _enter(start, ends, row, piece, pieces, c, D, COMPLEX)
+        hr, hi = _enter(hr, hi, start, ends, row, piece, pieces, c, D, COMPLEX)
     for t0 in tl.range(begin, end, S * L, num_stages=STAGES):
-        base, inside = (row * T + t0) * D, (t0 + t < end)[:, :, None] & here
+        base, inside = (row * T + t0) * D, (t0 + t < end) & here
         ar, ai = _get(a, base, at, inside, 1.0, COMPLEX)
         br, bi = _get(b, base, at, inside, 0.0, COMPLEX)
         if reset is not None:
-            cut = flags(reset, row * T + t0 + t, t0 + t < end)[:, :, None]
+            now = t0 + of_segment
+            cut = spread(flags(reset, row * T + now, now < end), C)
             ar, ai = tl.where(cut, 0.0, ar), tl.where(cut, 0.0, ai)
         yr, yi, hr, hi, tr, ti = _tile_sweep(ar, ai, br, bi, hr, hi, COMPLEX)
         if SUMMARY:
@@ -121,10 +130,10 @@ def _forward(
             _put(y, base, at, inside, yr, yi, COMPLEX)
     if SUMMARY:
         out = (row * pieces + piece) * 2 * D
-        _put(ends, out, c, c < D, pr, pi, COMPLEX)
-        _put(ends, out + D, c, c < D, hr, hi, COMPLEX)
+        _put(ends, out, c, c < width, pr, pi, COMPLEX)
+        _put(ends, out + D, c, c < width, hr, hi, COMPLEX)
     elif piece == pieces - 1:
-        _put(final, row * D, c, c < D, hr, hi, COMPLEX)
+        _put(final, row * D, c, c < width, hr, hi, COMPLEX)
 
 
 @triton.jit
@@ -134,35 +143,33 @@ def _backward(
     SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """As `_forward`, with u = T - 1 - t for time: the decay into step u is ā_{t+1}, and what enters is
-    dy_t."""
-    c, row = tl.program_id(0) * C + tl.arange(0, C), tl.program_id(1).to(tl.int64)
+    dy_t. What start means for da_0 comes last."""
+    W: tl.constexpr = C * (1 + COMPLEX)  # numbers of a block's channels at a time
+    c, row = tl.program_id(0) * W + tl.arange(0, W), tl.program_id(1).to(tl.int64)
+    width = D * (1 + COMPLEX)
     piece, pieces = tl.program_id(2), tl.num_programs(2)
-    u = tl.arange(0, S)[:, None] * L + tl.arange(0, L)[None, :]
-    here = (c < D)[None, None, :]
+    u, of_segment, channel = _places(S, L, W)
+    here = channel < width
     begin = piece * LENGTH
     end = tl.minimum(T, begin + LENGTH)
     gr, gi = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     pr, pi = tl.full([C], 1.0, tl.float32), tl.zeros([C], tl.float32)
     if not SUMMARY:
-        gr, gi = _enter(dfinal, ends, row, piece, pieces, c, D, COMPLEX)
+        gr, gi = _enter(gr, gi, dfinal, ends, row, piece, pieces, c, D, COMPLEX)
     for u0 in tl.range(begin, end, S * L, num_stages=STAGES):
-        t = T - 1 - (u0 + u)
+        t, now = T - 1 - (u0 + u), T - 1 - (u0 + of_segment)
         live = u0 + u < end
-        inside = live[:, :, None] & here
+        inside = live & here
         base = (row * T + T - 1 - u0) * D
-        at = c[None, None, :] - u[:, :, None] * D
-        after = inside & (t < T - 1)[:, :, None]
+        at = channel - u * width
+        after = inside & (t < T - 1)
         ar, ai = _get(a, base + D, at, after, 1.0, COMPLEX)
         dr, di = _get(dy, base, at, inside, 0.0, COMPLEX)
         if not SUMMARY:
-            before = inside & (t > 0)[:, :, None]
+            before = inside & (t > 0)
             hr, hi = _get(y, base - D, at, before, 0.0, COMPLEX)
-            if start is not None:
-                sr, si = _get(start, row * D, c, c < D, 0.0, COMPLEX)
-                first = (live & (t == 0))[:, :, None]
-                hr, hi = tl.where(first, sr[None, None, :], hr), tl.where(first, si[None, None, :], hi)
         if reset is not None:
-            cut = flags(reset, row * T + t + 1, live & (t < T - 1))[:, :, None]
+            cut = spread(flags(reset, row * T + now + 1, (u0 + of_segment < end) & (now < T - 1)), C)
             ar, ai = tl.where(cut, 0.0, ar), tl.where(cut, 0.0, ai)
         xr, xi, gr, gi, tr, ti = _tile_sweep(ar, -ai, dr, di, gr, gi, COMPLEX)
         if SUMMARY:
@@ -170,32 +177,35 @@ def _backward(
         else:
             _put(db, base, at, inside, xr, xi, COMPLEX)
             if reset is not None:
-                cut = flags(reset, row * T + t, live)[:, :, None]
+                cut = spread(flags(reset, row * T + now, u0 + of_segment < end), C)
                 hr, hi = tl.where(cut, 0.0, hr), tl.where(cut, 0.0, hi)
             xr, xi = _times(xr, xi, hr, -hi, COMPLEX)
             _put(da, base, at, inside, xr, xi, COMPLEX)
     if SUMMARY:
         out = (row * pieces + piece) * 2 * D
-        _put(ends, out, c, c < D, pr, pi, COMPLEX)
-        _put(ends, out + D, c, c < D, gr, gi, COMPLEX)
-    elif dstart is not None and piece == pieces - 1:
-        ar, ai = _get(a, row * T * D, c, c < D, 0.0, COMPLEX)
+        _put(ends, out, c, c < width, pr, pi, COMPLEX)
+        _put(ends, out + D, c, c < width, gr, gi, COMPLEX)
+    elif start is not None and piece == pieces - 1:
+        cut = 0
         if reset is not None:
-            kept = tl.where(tl.load(reset + row * T) != 0, 0.0, 1.0)
-            ar, ai = kept * ar, kept * ai
+            cut = tl.load(reset + row * T)
+        hr, hi = _get(start, row * D, c, (c < width) & (cut == 0), 0.0, COMPLEX)
+        hr, hi = _times(gr, gi, hr, -hi, COMPLEX)
+        tl.debug_barrier()  # after zeros that other threads wrote there
+        _put(da, row * T * D, c, c < width, hr, hi, COMPLEX)
+        ar, ai = _get(a, row * T * D, c, (c < width) & (cut == 0), 0.0, COMPLEX)
         gr, gi = _times(ar, -ai, gr, gi, COMPLEX)
-        _put(dstart, row * D, c, c < D, gr, gi, COMPLEX)
+        _put(dstart, row * D, c, c < width, gr, gi, COMPLEX)
 
 
 def _plan(b: Tensor, backward: bool):
     """Tile, grid, steps a piece and room for the pieces' ends."""
     B, T, D = b.shape
     # channels of one load, which a thread keeps together
-    vector = 1 if b.is_complex() else 16 // b.element_size()
+    vector = 16 // b.element_size()
     S, L, C, warps = shape(T, D, B, vector, 8)
-    # measured: few channels want long tiles forwards and short ones backwards
-    if not b.is_complex() and (backward if C <= 16 else b.element_size() == 2):
-        L = min(L, 4)
+    if backward and C <= 32 and not b.is_complex():
+        L = min(L, 4)  # measured
     blocks = cdiv(D, C)
     # a piece is worth a second reading of a and b when most of the chip would stand idle
     idle = B * blocks < 96
@@ -211,7 +221,8 @@ def _launch(kernel, inputs: tuple, others: tuple, b: Tensor) -> None:
     grid, length, ends, tile, warps = _plan(b, kernel is _backward)
     args = (*map(flat, (*inputs, ends, *others)), *b.shape[1:], length)
     for summary in (False,) if ends is None else (True, False):
-        launch(kernel, grid, args, (*tile, summary), warps, STAGES)
+        # all registers: a compiler that saves them for more programs spills, and shared memory has no room
+        launch(kernel, grid, args, (*tile, summary), warps, STAGES, registers=255)
 
 
 def _run(a, b, state, reset, save):

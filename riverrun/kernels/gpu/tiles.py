@@ -6,6 +6,9 @@ channels, then segments, and keeps the steps of one segment in one thread: the s
 multiply-adds, and only one pair a segment is exchanged between threads. A carry (C) links one tile with the
 next.
 
+A tile of rows is the same as [step, segment · C + channel]. Complex numbers come from memory in such tiles, as
+pairs of neighbouring channels, so that they are loaded 16 bytes at a time as real ones are.
+
 Complex numbers travel as two tensors; where COMPLEX is false the second is the first and nobody reads it.
 """
 
@@ -94,19 +97,43 @@ def sweep_before(a, b, carry, AGAINST: tl.constexpr):
 
 
 @triton.jit
+def last_row(x):
+    """The last row of (N, M)."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == x.shape[0] - 1, x, 0), 0)
+
+
+@triton.jit
+def sweep_rows(a, b, carry):
+    """`sweep` on a tile of rows."""
+    C: tl.constexpr = carry.shape[0]
+    S: tl.constexpr = a.shape[1] // C
+    inner_a, inner_b = tl.associative_scan((a, b), 0, _join)
+    seg_a, seg_b = tl.reshape(last_row(inner_a), [S, C]), tl.reshape(last_row(inner_b), [S, C])
+    one, zero = tl.full([S, C], 1.0, tl.float32), tl.zeros([S, C], tl.float32)
+    through_a, through_b, before_a, before_b = tl.associative_scan((seg_a, seg_b, one, zero), 0, _join_before)
+    enter = tl.reshape(before_a * carry[None, :] + before_b, [S * C])
+    # across threads: once for the carry, and for the product only where somebody uses it
+    end = last_row(through_a * carry[None, :] + through_b)
+    return inner_a * enter[None, :] + inner_b, end, last_row(through_a)
+
+
+@triton.jit
 def sweep_complex(ar, ai, br, bi, cr, ci):
-    """`sweep` on real and imaginary parts: h, carry and product, each as two tensors."""
-    iar, iai, ibr, ibi = tl.associative_scan((ar, ai, br, bi), 1, _join_complex)
-    sar, sai, sbr, sbi = last(iar, 1), last(iai, 1), last(ibr, 1), last(ibi, 1)
-    one, zero = tl.full(sar.shape, 1.0, tl.float32), tl.zeros(sar.shape, tl.float32)
+    """`sweep_rows` on real and imaginary parts: h, carry and product, each as two tensors."""
+    C: tl.constexpr = cr.shape[0]
+    S: tl.constexpr = ar.shape[1] // C
+    iar, iai, ibr, ibi = tl.associative_scan((ar, ai, br, bi), 0, _join_complex)
+    sar, sai = tl.reshape(last_row(iar), [S, C]), tl.reshape(last_row(iai), [S, C])
+    sbr, sbi = tl.reshape(last_row(ibr), [S, C]), tl.reshape(last_row(ibi), [S, C])
+    one, zero = tl.full([S, C], 1.0, tl.float32), tl.zeros([S, C], tl.float32)
     tar, tai, tbr, tbi, par, pai, pbr, pbi = tl.associative_scan(
         (sar, sai, sbr, sbi, one, zero, zero, zero), 0, _join_before_complex
     )
-    er = (par * cr[None, :] - pai * ci[None, :] + pbr)[:, None, :]
-    ei = (par * ci[None, :] + pai * cr[None, :] + pbi)[:, None, :]
+    er = tl.reshape(par * cr[None, :] - pai * ci[None, :] + pbr, [S * C])[None, :]
+    ei = tl.reshape(par * ci[None, :] + pai * cr[None, :] + pbi, [S * C])[None, :]
     hr, hi = iar * er - iai * ei + ibr, iar * ei + iai * er + ibi
     endr, endi = tar * cr[None, :] - tai * ci[None, :] + tbr, tar * ci[None, :] + tai * cr[None, :] + tbi
-    return hr, hi, last(endr, 0), last(endi, 0), last(tar, 0), last(tai, 0)
+    return hr, hi, last_row(endr), last_row(endi), last_row(tar), last_row(tai)
 
 
 @triton.jit
@@ -115,14 +142,22 @@ def flags(reset, at, inside):
     return tl.load(reset + at, mask=inside, other=0) != 0
 
 
+@triton.jit
+def spread(x, C: tl.constexpr):
+    """What is known by (step, segment) for every channel of a tile of rows."""
+    L: tl.constexpr = x.shape[0]
+    S: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[:, :, None], [L, S, C]), [L, S * C])
+
+
 def shape(T: int, channels: int, batch: int, vector: int, steps: int) -> tuple[int, int, int, int]:
     """(S, L, C, warps) by rule: every thread one load of `vector` channels wide and at most `steps` deep.
 
-    C is as wide as leaves a program for every multiprocessor, and sixteen at least. S · C is what the threads
-    hold at once, so that none of a segment's steps go to another thread.
+    C is as wide as leaves a program for nearly every multiprocessor, and sixteen at least. S · C is what the
+    threads hold at once, so that none of a segment's steps go to another thread.
     """
-    C = min(64, max(power_of_2(channels), 2))
-    while C > 16 and batch * cdiv(channels, C) < 200:
+    C = min(128, max(power_of_2(channels), 2))
+    while C > 16 and batch * cdiv(channels, C) < 128:
         C //= 2
     warps, whole = 4, power_of_2(T)
     S = max(1, min(warps * 32 * vector // C, whole))

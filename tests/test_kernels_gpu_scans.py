@@ -58,6 +58,25 @@ def test_interpreted(name, monkeypatch):
             assert exactness.distance(found[what], x, scales[what]) <= bounds[what], what
 
 
+@interpreted
+@pytest.mark.parametrize(("T", "resets"), [(16, True), (256, True), (400, True), (400, False)])
+def test_selective_tiles(T, resets, monkeypatch):
+    """Tiles that are full and that are not, more than one of them, and time in pieces, which remember what
+    was before them where there are no resets."""
+    kernel = ops.Kernel(KERNELS["selective"], "cpu", lambda name, args: None, half=True)
+    monkeypatch.setitem(ops.selective.kernels, "gpu", kernel)
+    case = inputs.make("selective", "real", Size(B=1, T=T, D=3, N=2)).to(torch.float32)
+    if not resets:
+        x, dt, *others = case.args
+        case = replace(case, args=(x, 0.01 * dt, *others), reset=None)
+    truth, scales, bounds, _ = exactness.definition(ops.selective, case, torch.float32)
+    found, _ = exactness.outcome(ops.selective, case, "gpu")
+    for what, x in truth.items():
+        assert exactness.distance(found[what], x, scales[what]) <= bounds[what], what
+    y, h = run("selective", case)  # without gradients other states are kept
+    assert torch.equal(y, found["y"]) and torch.equal(h, found["state 0"])
+
+
 @on_gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_same_input_same_bits(name):

@@ -6,8 +6,8 @@ channels, then segments, and keeps the steps of one segment in one thread: the s
 multiply-adds, and only one pair a segment is exchanged between threads. A carry (C) links one tile with the
 next.
 
-A tile of rows is the same as [step, segment · C + channel]. Complex numbers come from memory in such tiles, as
-pairs of neighbouring channels, so that they are loaded 16 bytes at a time as real ones are.
+A tile of rows is the same as [step, segment · C + channel]. Complex numbers come from memory in such tiles,
+as pairs of neighbouring channels, so that they are loaded 16 bytes at a time as real ones are.
 
 Complex numbers travel as two tensors; where COMPLEX is false the second is the first and nobody reads it.
 """
@@ -69,31 +69,6 @@ def sweep(a, b, carry):
     enter, end = before_a * carry[None, :] + before_b, through_a * carry[None, :] + through_b
     # across threads: once for the carry, and for the product only where somebody uses it
     return inner_a * enter[:, None, :] + inner_b, last(end, 0), last(through_a, 0)
-
-
-@triton.jit
-def first(x, AXIS: tl.constexpr):
-    """The first entry, as `last`."""
-    if AXIS == 1:
-        i = tl.arange(0, x.shape[1])[None, :, None]
-    else:
-        i = tl.arange(0, x.shape[0])[:, None]
-    return tl.sum(tl.where(i == 0, x, 0), AXIS)
-
-
-@triton.jit
-def sweep_before(a, b, carry, AGAINST: tl.constexpr):
-    """The h that enters each step of a tile, with time or AGAINST it, and the h that leaves the tile (C)."""
-    one, zero = tl.full(a.shape, 1.0, tl.float32), tl.zeros(a.shape, tl.float32)
-    inner_a, inner_b, p, q = tl.associative_scan((a, b, one, zero), 1, _join_before, reverse=AGAINST)
-    seg_a, seg_b = (first(inner_a, 1), first(inner_b, 1)) if AGAINST else (last(inner_a, 1), last(inner_b, 1))
-    one, zero = tl.full(seg_a.shape, 1.0, tl.float32), tl.zeros(seg_a.shape, tl.float32)
-    through_a, through_b, before_a, before_b = tl.associative_scan(
-        (seg_a, seg_b, one, zero), 0, _join_before, reverse=AGAINST
-    )
-    enter = (before_a * carry[None, :] + before_b)[:, None, :]
-    end = through_a * carry[None, :] + through_b
-    return p * enter + q, first(end, 0) if AGAINST else last(end, 0)
 
 
 @triton.jit

@@ -1,0 +1,93 @@
+"""Linear recurrences on tiles whose lanes are channels, [step, segment · LANES + channel], in float32
+registers.
+
+A warp holds one segment, LENGTH steps of LANES neighbouring channels, every thread the steps of one of them.
+So a scan over steps stays in a thread, only one pair a segment goes from warp to warp, and what is the same
+for all channels is the same for a warp. Triton would rather give a thread as many neighbouring channels as
+one load takes; it does not if it cannot know how they are aligned. So addresses have a `shift` of 0 added
+that is not compiled in.
+
+For what is done often with what was read once (`selective`); where loads are all there is, `tiles`.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import _join, _join_before, last_row
+
+LANES = tl.constexpr(32)
+LENGTH = tl.constexpr(16)
+
+
+@triton.jit
+def places(S: tl.constexpr):
+    """Of a tile from step 0: times, those by (step, segment); channels of the tile, and of one segment."""
+    i, j = tl.arange(0, LENGTH)[:, None], tl.arange(0, S * LANES)[None, :]
+    first = tl.program_id(0) * LANES
+    seg = tl.arange(0, S)[None, :] * LENGTH + i
+    return j // LANES * LENGTH + i, seg, first + j % LANES, first + tl.arange(0, LANES)
+
+
+@triton.jit
+def _enter(seg_a, seg_b, carry, AGAINST: tl.constexpr):
+    """From (product, end from zero) of every segment what enters it; what leaves the tile and the product of
+    all its a (LANES)."""
+    S: tl.constexpr = seg_a.shape[0] // LANES
+    a, b = tl.reshape(seg_a, [S, LANES]), tl.reshape(seg_b, [S, LANES])
+    one, zero = tl.full([S, LANES], 1.0, tl.float32), tl.zeros([S, LANES], tl.float32)
+    through_a, through_b, before_a, before_b = tl.associative_scan(
+        (a, b, one, zero), 0, _join_before, reverse=AGAINST
+    )
+    left = tl.arange(0, S)[:, None] == (0 if AGAINST else S - 1)
+    end = tl.sum(tl.where(left, through_a * carry[None, :] + through_b, 0), 0)
+    product = tl.sum(tl.where(left, through_a, 0), 0)
+    return tl.reshape(before_a * carry[None, :] + before_b, [S * LANES]), end, product
+
+
+@triton.jit
+def sweep(a, b, carry):
+    """All h of a tile that begins from `carry` (LANES), the last of them, and the product of all a."""
+    inner_a, inner_b = tl.associative_scan((a, b), 0, _join)
+    enter, end, product = _enter(last_row(inner_a), last_row(inner_b), carry, False)
+    return inner_a * enter[None, :] + inner_b, end, product
+
+
+@triton.jit
+def sweep_before(a, b, carry, AGAINST: tl.constexpr):
+    """The h that enters each step of a tile, with time or AGAINST it, the h that leaves the tile, and the
+    product of all a."""
+    step = tl.arange(0, LENGTH)[:, None]
+    p, q = tl.zeros(a.shape, tl.float32), tl.zeros(a.shape, tl.float32)
+    seg_a, seg_b = tl.full([a.shape[1]], 1.0, tl.float32), tl.zeros([a.shape[1]], tl.float32)
+    for i in tl.static_range(LENGTH):
+        here = step == (LENGTH - 1 - i if AGAINST else i)
+        p, q = tl.where(here, seg_a[None, :], p), tl.where(here, seg_b[None, :], q)
+        a_, b_ = tl.sum(tl.where(here, a, 0), 0), tl.sum(tl.where(here, b, 0), 0)
+        seg_a, seg_b = a_ * seg_a, a_ * seg_b + b_
+    enter, end, product = _enter(seg_a, seg_b, carry, AGAINST)
+    return p * enter[None, :] + q, end, product
+
+
+@triton.jit
+def _halve(x):
+    """(rows, S, K, N): rows r and r + half of them, each summed over the halves of N, side by side in K."""
+    R: tl.constexpr = x.shape[0] // 2
+    S: tl.constexpr = x.shape[1]
+    K: tl.constexpr = x.shape[2]
+    N: tl.constexpr = x.shape[3] // 2
+    halves = tl.sum(tl.reshape(x, [2, R, S, K, 2, N]), 4)
+    one, other = tl.split(tl.permute(halves, (1, 2, 3, 4, 0)))
+    first = tl.arange(0, 2)[None, None, None, :, None] == 0
+    return tl.reshape(tl.where(first, one[:, :, :, None, :], other[:, :, :, None, :]), [R, S, 2 * K, N])
+
+
+@triton.jit
+def sums(x, y):
+    """Over channels, those of two tiles: (S, 2 LENGTH). Every exchange between lanes halves what is left,
+    which takes 62 of them, where a sum for each of the 32 takes 160."""
+    tl.static_assert(2 * LENGTH == LANES)
+    S: tl.constexpr = x.shape[1] // LANES
+    z = tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), [2 * LENGTH, S, 1, LANES])
+    for _ in tl.static_range(5):
+        z = _halve(z)
+    return tl.reshape(z, [S, 2 * LENGTH])

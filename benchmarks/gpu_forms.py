@@ -20,6 +20,7 @@ BANDWIDTH, RATE = 4.3e12, 790e12
 MATRICES = ["4x4096x16x128", "2x16384x16x128", "8x1024x8x64", "1x65536x16x128"]
 SCANS = ["8x4096x2048", "1x65536x2048"]
 CELLS = ["16x1024x768"]
+STATES = 16  # of a channel of a selective scan
 HEADS = 12  # of an LSTM's 768 units, where it has several
 
 
@@ -114,6 +115,26 @@ def scan(dtype: torch.dtype) -> Form:
     )  # fmt: skip
 
 
+def selective() -> Form:
+    """As Mamba has it: sixteen states a channel, decays of 0.3 to 1 a step."""
+
+    def inputs(B: int, T: int, D: int) -> tuple:
+        x, write, read = normal(B, T, D), normal(B, T, STATES), normal(B, T, STATES)
+        A = -torch.arange(1.0, STATES + 1, device="cuda").expand(D, STATES)
+        return leaves(x, (0.08 * torch.rand(B, T, D, device="cuda")).bfloat16(), A.contiguous(), write, read)
+
+    def floor(B: int, T: int, D: int) -> tuple[float, float]:
+        size = 2 * B * T * D
+        return least((3 * size, 0), (5 * size, 0))
+
+    return Form(
+        SCANS, inputs, floor,
+        lambda *args: ops.selective(*args, impl="gpu")[0],
+        lambda *args: fold(ops.selective.recurrence, (*args, None))[0],
+        lambda B, T, D: (2, 256, 64),
+    )  # fmt: skip
+
+
 def project(x: torch.Tensor, W: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     """All gates' inputs, (B, T, 4, H, P): cuDNN's LSTM includes this product."""
     return (x @ W.T).unflatten(-1, R.shape[:3])
@@ -143,6 +164,7 @@ FORMS = {name: matrices(name) for name in NAMES} | {
     "diagonal-float32": scan(torch.float32),
     "diagonal": scan(torch.bfloat16),
     "diagonal-complex": scan(torch.complex64),
+    "selective": selective(),
     "lstm-heads": lstm(HEADS),
     "lstm-full": lstm(1),
 }

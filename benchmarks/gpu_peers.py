@@ -123,6 +123,29 @@ def accelerated_scan(a, b, kernel):
     return call
 
 
+def mamba_scan(x, dt, A, write, read):
+    """CUDA kernels that mamba-ssm builds at installing, if told to, as the module `selective_scan_cuda`."""
+    from selective_scan_cuda import bwd, fwd
+
+    class Scan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, dt, A, write, read):
+            y, kept, *_ = fwd(x, dt, A, write, read, None, None, None, False)
+            ctx.save_for_backward(x, dt, A, write, read, kept)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            *inputs, kept = ctx.saved_tensors
+            return tuple(bwd(*inputs, None, None, None, dy, kept, None, None, False, False)[:5])
+
+    x, dt, write, read = laid_out((x, dt, write, read), 1, 2)  # (B, D, T)
+    write, read = (v.detach().unsqueeze(1).requires_grad_() for v in (write, read))
+    call = lambda: Scan.apply(x, dt, A, write, read)  # noqa: E731
+    call.inputs = (x, dt, A, write, read)
+    return call
+
+
 def cudnn_lstm(x, W, R, c):
     """Of one head, whatever R is: cuDNN knows no others."""
     D = x.shape[-1]
@@ -160,6 +183,7 @@ PEERS = {
     "diagonal-float32": SCANS,
     "diagonal": SCANS,
     "diagonal-complex": {"accelerated-scan Triton": partial(accelerated_scan, kernel="complex")},
+    "selective": {"mamba-ssm selective scan": mamba_scan},
     "lstm-heads": {
         "cuDNN LSTM, full": cudnn_lstm,
         "flashrnn, CUDA": partial(flashrnn, backend="cuda_fused"),

@@ -5,6 +5,7 @@ Blocks marked ```python run, from top to bottom of a page in one namespace; a bl
 
 import re
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def test_links_lead_somewhere(page):
         text = target.read_text(encoding="utf-8") if anchor else ""
         if anchor and not MARKER.search(text):  # what is printed from the code has its headings when built
             assert anchor[1:] in headings(text), f"{name(page)} links to {path}{anchor}: no such heading"
+
+
+def test_tables_printed_on_one_page_link_within_it():
+    """As files they link to each other."""
+    text = "\n".join(run_path(str(ROOT / "docs" / "hooks" / "pages.py"))["results"]())
+    found = [link for link in LINK.findall(text) if not link[0].startswith("https://")]
+    assert found and all(not path and anchor[1:] in headings(text) for path, anchor in found), found
 
 
 def test_every_page_is_in_the_navigation():

@@ -145,8 +145,11 @@ def cli() -> Iterator[str]:
 
 
 def results() -> Iterator[str]:
+    """They name each other as files; here they are headings of one page."""
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
-        yield re.sub(r"^#", "##", file.read_text(encoding="utf-8"), flags=re.M) + "\n"
+        text = re.sub(r"^#", "##", file.read_text(encoding="utf-8"), flags=re.M)
+        text = text.replace("\n", f" {{ #{file.stem} }}\n", 1)
+        yield re.sub(r"\]\((\w+)\.md\)", r"](#\1)", text) + "\n"
 
 
 PRINTERS: tuple[Callable[[], Iterator[str]], ...] = (mixers, laws, recurrences, ops, settings, cli, results)

@@ -13,7 +13,7 @@ For what is done often with what was read once (`selective`); where loads are al
 import triton
 import triton.language as tl
 
-from .tiles import _join, _join_before, last_row
+from .tiles import enter_rows
 
 LANES = tl.constexpr(32)
 LENGTH = tl.constexpr(16)
@@ -29,30 +29,6 @@ def places(S: tl.constexpr):
 
 
 @triton.jit
-def _enter(seg_a, seg_b, carry, AGAINST: tl.constexpr):
-    """From (product, end from zero) of every segment what enters it; what leaves the tile and the product of
-    all its a (LANES)."""
-    S: tl.constexpr = seg_a.shape[0] // LANES
-    a, b = tl.reshape(seg_a, [S, LANES]), tl.reshape(seg_b, [S, LANES])
-    one, zero = tl.full([S, LANES], 1.0, tl.float32), tl.zeros([S, LANES], tl.float32)
-    through_a, through_b, before_a, before_b = tl.associative_scan(
-        (a, b, one, zero), 0, _join_before, reverse=AGAINST
-    )
-    left = tl.arange(0, S)[:, None] == (0 if AGAINST else S - 1)
-    end = tl.sum(tl.where(left, through_a * carry[None, :] + through_b, 0), 0)
-    product = tl.sum(tl.where(left, through_a, 0), 0)
-    return tl.reshape(before_a * carry[None, :] + before_b, [S * LANES]), end, product
-
-
-@triton.jit
-def sweep(a, b, carry):
-    """All h of a tile that begins from `carry` (LANES), the last of them, and the product of all a."""
-    inner_a, inner_b = tl.associative_scan((a, b), 0, _join)
-    enter, end, product = _enter(last_row(inner_a), last_row(inner_b), carry, False)
-    return inner_a * enter[None, :] + inner_b, end, product
-
-
-@triton.jit
 def sweep_before(a, b, carry, AGAINST: tl.constexpr):
     """The h that enters each step of a tile, with time or AGAINST it, the h that leaves the tile, and the
     product of all a."""
@@ -64,7 +40,7 @@ def sweep_before(a, b, carry, AGAINST: tl.constexpr):
         p, q = tl.where(here, seg_a[None, :], p), tl.where(here, seg_b[None, :], q)
         a_, b_ = tl.sum(tl.where(here, a, 0), 0), tl.sum(tl.where(here, b, 0), 0)
         seg_a, seg_b = a_ * seg_a, a_ * seg_b + b_
-    enter, end, product = _enter(seg_a, seg_b, carry, AGAINST)
+    enter, end, product = enter_rows(seg_a, seg_b, carry, AGAINST)
     return p * enter[None, :] + q, end, product
 
 

@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scan
-from .lanes import LANES, LENGTH, places, sums, sweep, sweep_before
+from .lanes import LANES, LENGTH, places, sums, sweep_before
 from .launch import cdiv, launch
 from .tape import define
-from .tiles import flags, flat, spread
+from .tiles import flags, flat, spread, sweep_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SEGMENTS = 4  # of a tile, a warp each
@@ -58,6 +58,12 @@ def _decay(dt, A, low, EXACT: tl.constexpr):
     return raised, a
 
 
+@triton.jit
+def _so_far(products, ends, at, inside):
+    """A piece's end and product up to a tile, those of no steps outside."""
+    return _load(ends, at, inside), tl.load(products + at, mask=inside, other=1.0)
+
+
 @triton.jit(do_not_specialize=["shift"])
 def _forward(
     x, dt, A, B, C, low, start, reset, products, between, y, final, states, T, E, N, TILES, PIECES, shift,
@@ -86,8 +92,7 @@ def _forward(
             A_, B_ = _load(A, n * E + channel, here), _load(B, at_n + n * T, live)
             low_ = None if low is None else _load(low, n * E + channel, here)
             if SUMMARY:
-                carry = _load(between, link + n * E, inner & (not first))
-                product = tl.load(products + link + n * E, mask=inner & (not first), other=1.0)
+                carry, product = _so_far(products, between, link + n * E, inner & (not first))
             else:
                 C_ = _load(C, at_n + n * T, live)
                 carry = _load(states, (slot_before * N + n) * E + c, inner & (not first))
@@ -98,7 +103,7 @@ def _forward(
             _, a = _decay(dt_, A_, low_, EXACT)
             if reset is not None:
                 a = tl.where(spread(flags(reset, row * T + t0 + seg, live), LANES), 0.0, a)
-            h, carry, through = sweep(a, drive * spread(B_, LANES), carry)
+            h, carry, through = sweep_rows(a, drive * spread(B_, LANES), carry)
             if SUMMARY:
                 tl.store(between + link + n * E, carry, mask=inner)
                 tl.store(products + link + n * E, product * through, mask=inner)
@@ -144,8 +149,7 @@ def _backward(
             A_, C_ = _load(A, n * E + channel, here), _load(C, at_n + n * T, live)
             low_ = None if low is None else _load(low, n * E + channel, here)
             if SUMMARY:
-                f = _load(between, link + n * E, inner & (not first))
-                product = tl.load(products + link + n * E, mask=inner & (not first), other=1.0)
+                f, product = _so_far(products, between, link + n * E, inner & (not first))
             else:
                 B_ = spread(_load(B, at_n + n * T, live), LANES)
                 h = _load(states, ((row * tiles + k - 1) * N + n) * E + c, inner & (k > 0))
@@ -193,11 +197,15 @@ def _backward(
         tl.debug_barrier()
 
 
+def _tiles(x: Tensor) -> int:
+    return cdiv(x.shape[1], SEGMENTS * LENGTH.value)
+
+
 def _plan(x: Tensor) -> tuple[int, int, int, int]:
     """Channel blocks, tiles, tiles a piece, pieces. Time is cut where channels are too few to fill the chip,
     and not into two, since summaries take over half as long as what they are for."""
-    batch, T, E = x.shape
-    blocks, tiles = cdiv(E, LANES.value), cdiv(T, SEGMENTS * LENGTH.value)
+    batch, _, E = x.shape
+    blocks, tiles = cdiv(E, LANES.value), _tiles(x)
     pieces = min(PROGRAMS // (batch * blocks), tiles // 2)
     of_piece = cdiv(tiles, pieces) if pieces > 2 else tiles
     return blocks, tiles, of_piece, cdiv(tiles, of_piece)
@@ -208,17 +216,18 @@ def _turned(*xs: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple([None if x is None else x.float().mT.contiguous() for x in xs])
 
 
-def _launch(kernel, x, inputs: tuple, others: tuple, first: Tensor | None, constants: tuple, registers=None):
+def _launch(kernel, inputs: tuple, others: tuple, first: Tensor | None, constants: tuple, registers=None):
     """`first` is what enters the first piece; what enters the others, a scan of their summaries says."""
-    (batch, T, E), (blocks, _, of_piece, pieces), N = x.shape, _plan(x), inputs[1].shape[0]
+    x, _, A, *_ = inputs
+    (batch, T, E), (blocks, _, of_piece, pieces), N = x.shape, _plan(x), A.shape[0]
     numbers, between = (T, E, N, of_piece, pieces, 0), None
     if pieces > 1:
         products, ends = (x.new_empty(batch, pieces - 1, N * E, dtype=torch.float32) for _ in range(2))
-        args = (flat(x), *inputs, products, ends, *others, *numbers)
+        args = (*inputs, products, ends, *others, *numbers)
         launch(kernel, (blocks, batch, pieces - 1), args, (*constants, True), SEGMENTS)
         first = None if first is None else first.view(batch, N * E)
         between, _ = scan._run(products, ends, first, None, False)
-    args = (flat(x), *inputs, None, between, *others, *numbers)
+    args = (*inputs, None, between, *others, *numbers)
     launch(kernel, (blocks, batch, pieces), args, (*constants, False), SEGMENTS, registers=registers)
 
 
@@ -229,9 +238,9 @@ def _run(x, dt, A, B, C, low, state, reset, save):
     # without gradients two states a piece are enough: one to read, one to write
     room = states if save else x.new_empty(batch, pieces * 2, N, E, dtype=torch.float32)
     A, B, C, low, start = _turned(A, B, C, low, state)
-    inputs = flat(dt), A, B, C, low, start, flat(reset)
+    inputs = flat(x), flat(dt), A, B, C, low, start, flat(reset)
     # four programs a multiprocessor, not three: what they wait for is loads
-    _launch(_forward, x, inputs, (y, final, room), start, (SEGMENTS, save), registers=128)
+    _launch(_forward, inputs, (y, final, room), start, (SEGMENTS, save), registers=128)
     return y, final.mT.contiguous(), states
 
 
@@ -244,8 +253,8 @@ def _run_backward(x, dt, A, B, C, low, state, reset, y, final, states, dy, dfina
     dlow = None if low is None else torch.empty_like(dA)
     dBC = x.new_empty(2, blocks, batch, N, T, dtype=torch.float32)
     *turned, last = _turned(A, B, C, low, state, dfinal)
-    inputs = flat(dt), *turned, flat(reset), states, flat(dy), last
-    _launch(_backward, x, inputs, (dx, ddt, dA, dBC, dlow, flow), last, (SEGMENTS,))
+    inputs = flat(x), flat(dt), *turned, flat(reset), states, flat(dy), last
+    _launch(_backward, inputs, (dx, ddt, dA, dBC, dlow, flow), last, (SEGMENTS,))
 
     def gradient(parts: Tensor | None, axes: tuple[int, ...], like: Tensor | None) -> Tensor | None:
         return None if like is None else parts.sum(axes).mT.to(like.dtype).contiguous()
@@ -257,7 +266,7 @@ def _run_backward(x, dt, A, B, C, low, state, reset, y, final, states, dy, dfina
 
 def _fake(x, dt, A, B, C, low, state, reset, save):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    states = x.new_empty(x.shape[0], _plan(x)[1] if save else 0, A.shape[1], A.shape[0], dtype=torch.float32)
+    states = x.new_empty(x.shape[0], _tiles(x) if save else 0, A.shape[1], A.shape[0], dtype=torch.float32)
     return y, x.new_empty(x.shape[0], *A.shape, dtype=torch.float32), states
 
 

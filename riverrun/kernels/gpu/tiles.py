@@ -51,7 +51,7 @@ def _join_before_complex(
 
 @triton.jit
 def last(x, AXIS: tl.constexpr):
-    """The last entry along axis 1 of (S, L, C) or axis 0 of (S, C)."""
+    """The last entry along axis 1 of (S, L, C) or axis 0 of two."""
     if AXIS == 1:
         i = tl.arange(0, x.shape[1])[None, :, None]
     else:
@@ -72,24 +72,29 @@ def sweep(a, b, carry):
 
 
 @triton.jit
-def last_row(x):
-    """The last row of (N, M)."""
-    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == x.shape[0] - 1, x, 0), 0)
+def enter_rows(seg_a, seg_b, carry, AGAINST: tl.constexpr):
+    """From (product, end from zero) of every segment (S · C) what enters it; what leaves the tile and the
+    product of all a (C)."""
+    C: tl.constexpr = carry.shape[0]
+    S: tl.constexpr = seg_a.shape[0] // C
+    a, b = tl.reshape(seg_a, [S, C]), tl.reshape(seg_b, [S, C])
+    one, zero = tl.full([S, C], 1.0, tl.float32), tl.zeros([S, C], tl.float32)
+    through_a, through_b, before_a, before_b = tl.associative_scan(
+        (a, b, one, zero), 0, _join_before, reverse=AGAINST
+    )
+    # across threads: once for the carry, and for the product only where somebody uses it
+    left = tl.arange(0, S)[:, None] == (0 if AGAINST else S - 1)
+    end = tl.sum(tl.where(left, through_a * carry[None, :] + through_b, 0), 0)
+    product = tl.sum(tl.where(left, through_a, 0), 0)
+    return tl.reshape(before_a * carry[None, :] + before_b, [S * C]), end, product
 
 
 @triton.jit
 def sweep_rows(a, b, carry):
     """`sweep` on a tile of rows."""
-    C: tl.constexpr = carry.shape[0]
-    S: tl.constexpr = a.shape[1] // C
     inner_a, inner_b = tl.associative_scan((a, b), 0, _join)
-    seg_a, seg_b = tl.reshape(last_row(inner_a), [S, C]), tl.reshape(last_row(inner_b), [S, C])
-    one, zero = tl.full([S, C], 1.0, tl.float32), tl.zeros([S, C], tl.float32)
-    through_a, through_b, before_a, before_b = tl.associative_scan((seg_a, seg_b, one, zero), 0, _join_before)
-    enter = tl.reshape(before_a * carry[None, :] + before_b, [S * C])
-    # across threads: once for the carry, and for the product only where somebody uses it
-    end = last_row(through_a * carry[None, :] + through_b)
-    return inner_a * enter[None, :] + inner_b, end, last_row(through_a)
+    enter, end, product = enter_rows(last(inner_a, 0), last(inner_b, 0), carry, False)
+    return inner_a * enter[None, :] + inner_b, end, product
 
 
 @triton.jit
@@ -98,8 +103,8 @@ def sweep_complex(ar, ai, br, bi, cr, ci):
     C: tl.constexpr = cr.shape[0]
     S: tl.constexpr = ar.shape[1] // C
     iar, iai, ibr, ibi = tl.associative_scan((ar, ai, br, bi), 0, _join_complex)
-    sar, sai = tl.reshape(last_row(iar), [S, C]), tl.reshape(last_row(iai), [S, C])
-    sbr, sbi = tl.reshape(last_row(ibr), [S, C]), tl.reshape(last_row(ibi), [S, C])
+    sar, sai = tl.reshape(last(iar, 0), [S, C]), tl.reshape(last(iai, 0), [S, C])
+    sbr, sbi = tl.reshape(last(ibr, 0), [S, C]), tl.reshape(last(ibi, 0), [S, C])
     one, zero = tl.full([S, C], 1.0, tl.float32), tl.zeros([S, C], tl.float32)
     tar, tai, tbr, tbi, par, pai, pbr, pbi = tl.associative_scan(
         (sar, sai, sbr, sbi, one, zero, zero, zero), 0, _join_before_complex
@@ -108,7 +113,7 @@ def sweep_complex(ar, ai, br, bi, cr, ci):
     ei = tl.reshape(par * ci[None, :] + pai * cr[None, :] + pbi, [S * C])[None, :]
     hr, hi = iar * er - iai * ei + ibr, iar * ei + iai * er + ibi
     endr, endi = tar * cr[None, :] - tai * ci[None, :] + tbr, tar * ci[None, :] + tai * cr[None, :] + tbi
-    return hr, hi, last_row(endr), last_row(endi), last_row(tar), last_row(tai)
+    return hr, hi, last(endr, 0), last(endi, 0), last(tar, 0), last(tai, 0)
 
 
 @triton.jit

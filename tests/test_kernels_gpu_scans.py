@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of PyTorch")
 from triton.runtime import interpreter
 
 from riverrun import doctor, ops
-from riverrun.kernels.gpu import KERNELS, norm, scan, swiglu
+from riverrun.kernels.gpu import KERNELS, norm, scan, selective, swiglu
 from riverrun.kernels.gpu import loss as gpu_loss
 from riverrun.kernels.gpu.launch import DEVICE
 from riverrun.kernels.gpu.tape import repeated
@@ -250,20 +250,25 @@ def test_pieces_of_time(form, monkeypatch):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)  # sums of 83 numbers in another order
 
 
-@pytest.mark.parametrize("form", inputs.FORMS["diagonal"])
-def test_repeated_calls(form):
+@pytest.mark.parametrize(
+    ("kernel", "form", "size"),
+    [(scan, form, Size(T=40, D=5)) for form in inputs.FORMS["diagonal"]]
+    + [(selective, "signed", Size(B=1, T=330, D=3, N=1))],  # in pieces
+)
+def test_repeated_calls(kernel, form, size):
     """The third call of a kind repeats the second with its own tensors: the bits of a call by itself."""
-    forward, backward = repeated(scan._run), repeated(scan._run_backward)
-    for seed in range(4):
-        case = inputs.make("diagonal", form, Size(T=40, D=5), seed).to(torch.float32, DEVICE)
-        for state in (case.state, None):
-            for dh in (case.state, None):
-                given = (*case.args, state, case.reset)
-                y, h = forward(*given, True)
-                found = y, h, *backward(*given, y, h, y, dh)
-                y, h = scan._run(*given, True)
-                for a, b in zip(found, (y, h, *scan._run_backward(*given, y, h, y, dh)), strict=True):
-                    assert a is b is None or torch.equal(a, b)
+    name = "diagonal" if kernel is scan else "selective"
+    forward, backward = repeated(kernel._run), repeated(kernel._run_backward)
+    for seed in range(3):
+        case = inputs.make(name, form, size, seed).to(torch.float32, DEVICE)
+        for state, dh in ((case.state, None), (None, case.state)):
+            given = (*case.args, state, case.reset)
+            made = forward(*given, True)
+            found = *made, *backward(*given, *made, made[0], dh)
+            made = kernel._run(*given, True)
+            true = *made, *kernel._run_backward(*given, *made, made[0], dh)
+            for a, b in zip(found, true, strict=True):
+                assert a is b is None or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("of", ["a", "b", "dy"])
